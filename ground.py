@@ -1,0 +1,242 @@
+"""Grounding: supervised fine-tuning of the LLM on the offline rollouts (paper, section 4.1).
+
+A rollouts dataset becomes examples of four tasks, packed into rows, and the Hugging Face Trainer does the rest:
+    dynamics      "what happens next" (s_t, a_t)               -> s_{t+1}
+    explanation   "say what it did"   (s_0, a_0, ..., s_T)     -> text
+    generation    goal text           (s_0)                    -> a_0, s_1, a_1, ..., s_T
+    consequence   goal text           (s_0)                    -> s_T
+This file knows nothing of policies, and of CLEVR-Robot only how a goal is worded.
+"""
+import collections
+import json
+
+import numpy as np
+import torch
+import transformers
+
+import env
+from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
+
+PROMPTS = {
+    "dynamics": "Predict the next state after the action.",
+    "explanation": "Explain what this rollout achieves.",
+    "generation": "Goal: {goal}\nRollout:",
+    "consequence": "Goal: {goal}\nFinal state:",
+}
+ROLLOUTS_PER_EXAMPLE = {"dynamics": 2, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
+
+
+def prompt_ids(tokenizer, task, goal=None):
+    """Token ids of a task's prompt, a list of int. goal: text, for the tasks that have one."""
+    return tokenizer(PROMPTS[task].format(goal=goal), add_special_tokens=False)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Examples: one prompt and the segments that share it, as flat arrays of positions
+
+def _text(ids, predict=False):
+    return [(TEXT, i, None, predict) for i in ids]
+
+
+def _rollout(observations, actions, predict=False):
+    """s0, a0, s1, ... as positions; with `predict`, everything after s0 is to be predicted."""
+    positions = [(STATE, 0, observations[0], False)]
+    for state, action, next_state in zip(observations[:-1], actions, observations[1:]):
+        positions += [(ACTION, action, state, predict), (STATE, 0, next_state, predict)]
+    return positions
+
+
+def make_example(task, tokenizer, rollouts):
+    """One grounding example as a dict of arrays over its L positions; the rollouts share the goal of the first.
+
+    rollouts: records (`env.rollout_record`). Returns input_ids, modality, segments, position_ids, predict, task (L,) and
+    states (L, 10), all as `KalmForRollouts.forward` takes them.
+    """
+    prompt = _text(prompt_ids(tokenizer, task, rollouts[0]["goal"]))
+    segments = []
+    for row in rollouts:
+        obs, actions = row["observations"], row["actions"]
+        if task == "dynamics":
+            segments += [[(STATE, 0, s, False), (ACTION, a, s, False), (STATE, 0, n, True)]
+                         for s, a, n in zip(obs[:-1], actions, obs[1:])]
+        elif task == "explanation":
+            answer = tokenizer(" " + env.canonical_text(env.goal_of(row)), add_special_tokens=False)["input_ids"]
+            segments.append(_rollout(obs, actions) + _text([*answer, tokenizer.eos_token_id], predict=True))
+        elif task == "generation":
+            segments.append(_rollout(obs, actions, predict=True))
+        else:
+            segments.append([(STATE, 0, obs[0], False), (STATE, 0, obs[-1], True)])
+    positions = prompt + [p for segment in segments for p in segment]
+    lengths = [len(prompt)] + [len(s) for s in segments]
+    states = np.zeros((len(positions), env.OBSERVATION_DIM), np.float32)
+    for row, (_, _, state, _) in zip(states, positions):
+        if state is not None:
+            row[:] = state
+    return {
+        "input_ids": np.array([p[1] for p in positions]), "modality": np.array([p[0] for p in positions]), "states": states,
+        "segments": np.repeat(np.arange(len(lengths)), lengths), "predict": np.array([p[3] for p in positions]),
+        "position_ids": np.concatenate([np.arange(n) + (len(prompt) if i else 0) for i, n in enumerate(lengths)]),
+        "task": np.full(len(positions), TASKS.index(task))}
+
+
+class GroundingExamples(torch.utils.data.Dataset):
+    """All examples of a list of rollout records: grouped by goal text, each group once for every task."""
+
+    def __init__(self, rollouts, tokenizer, tasks=TASKS):
+        self.rollouts, self.tokenizer = rollouts, tokenizer
+        by_goal = collections.defaultdict(list)
+        for row, rollout in enumerate(rollouts):
+            by_goal[rollout["goal"]].append(row)
+        self.examples = [(task, rows[i:i + ROLLOUTS_PER_EXAMPLE[task]]) for rows in by_goal.values() for task in tasks
+                         for i in range(0, len(rows), ROLLOUTS_PER_EXAMPLE[task])]
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        task, rows = self.examples[index]
+        return make_example(task, self.tokenizer, [self.rollouts[row] for row in rows])
+
+
+def pack(examples, row_length=256):
+    """Collate examples into rows of at most row_length positions (one longer example makes a longer row).
+
+    First fit, longest first: little is padded, and `segment_mask` keeps the examples of a row apart. Returns tensors.
+    """
+    rows = []
+    for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
+        size = len(example["input_ids"])
+        row = next((r for r in rows if sum(len(e["input_ids"]) for e in r) + size <= row_length), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(example)
+    longest = max(sum(len(e["input_ids"]) for e in row) for row in rows)
+    fill = {"input_ids": 0, "modality": PAD, "states": 0, "segments": -1, "position_ids": 0, "predict": False, "task": 0}
+    batch = {k: np.full((len(rows), longest, *v.shape[1:]), fill[k], v.dtype) for k, v in rows[0][0].items()}
+    for r, row in enumerate(rows):
+        start = 0
+        for i, example in enumerate(row):
+            end = start + len(example["input_ids"])
+            for key, value in example.items():
+                batch[key][r, start:end] = value + i * SEGMENTS if key == "segments" else value
+            start = end
+    return {k: torch.from_numpy(v) for k, v in batch.items()}
+
+
+def observation_statistics(rollouts):
+    """KalmConfig's observation_mean, observation_std and change_std, the same for every ball so that balls stay alike."""
+    sample = [r["observations"] for r in rollouts[:5000]]
+    balls = np.concatenate(sample).reshape(-1, 2)
+    changes = np.concatenate([np.diff(o, axis=0) for o in sample]).reshape(-1, 2)
+    tile = sample[0].shape[1] // 2
+    return {"observation_mean": balls.mean(0).tolist() * tile, "observation_std": balls.std(0).tolist() * tile,
+            "change_std": changes.std(0).tolist() * tile}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+
+class GroundingTrainer(transformers.Trainer):
+    """Trainer with a learning rate of its own for new layers, and with the losses by task and modality in its log."""
+
+    def __init__(self, *args, new_learning_rate=1e-3, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.new_learning_rate = new_learning_rate
+        self.parts = collections.defaultdict(list)
+
+    def create_optimizer(self, model=None):
+        model = self.model
+        new = set(model.new_parameters())
+        groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and (n in new) == is_new], "lr": lr}
+                  for is_new, lr in ((True, self.new_learning_rate), (False, self.args.learning_rate))]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98),
+                                           weight_decay=self.args.weight_decay, fused=True)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        output = model(**inputs)
+        for name, value in (("text", output.text_loss), ("action", output.action_loss), ("state", output.state_loss),
+                            *zip(TASKS, output.task_losses)):
+            self.parts[f"{name}_loss"].append(value.detach())
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs, *args, **kwargs):
+        if self.parts and "loss" in logs:
+            logs = {**logs, **{name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}}
+            self.parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
+          freeze_embeddings=True, bf16=False, seed=0, report_to="none"):
+    """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
+
+    Works alone and under `accelerate launch` or torchrun; checkpoints go to output_dir.
+    """
+    if freeze_embeddings:  # what the LLM knows of words new to the data stays as it was
+        model.get_input_embeddings().weight.requires_grad_(False)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_examples, learning_rate=learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
+        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", report_to=report_to, seed=seed, data_seed=seed,
+        remove_unused_columns=False, dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
+    trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer),
+                               data_collator=pack, new_learning_rate=new_learning_rate)
+    trainer.train()
+    return trainer.state.log_history
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Evaluation on held-out rollouts
+
+@torch.no_grad()
+def evaluate(model, tokenizer, rollouts, batch_examples=32):
+    """How well the grounded model knows held-out rollouts, every figure teacher-forced.
+
+    Returns action_accuracy; state_error and state_error_nothing_moves (root mean square, metres); {source, target,
+    direction}_accuracy of explanations, all of a word's tokens right; and explanation_accuracy, all three right.
+    """
+    model.eval()
+    examples = GroundingExamples(rollouts, tokenizer, tasks=("generation", "explanation"))
+    right, squares, words = [], [], []
+    for start in range(0, len(examples), batch_examples):
+        part = [examples[i] for i in range(start, min(start + batch_examples, len(examples)))]
+        generation = [e for e in part if e["task"][0] == TASKS.index("generation")]
+        explanation = [e for e in part if e["task"][0] == TASKS.index("explanation")]
+        if generation:
+            batch = {k: v.to(model.device) for k, v in pack(generation).items()}
+            out = model(**batch)
+            ahead, nexts = batch["predict"][:, 1:], batch["modality"][:, 1:]
+            action, state = ahead & (nexts == ACTION), ahead & (nexts == STATE)
+            right.append((out.action_logits[:, :-1].argmax(-1) == batch["input_ids"][:, 1:])[action].cpu())
+            target, last = batch["states"][:, 1:][state], batch["states"][:, :-1][state]
+            squares.append(torch.stack([(out.state_pred[:, :-1][state] - target) ** 2, (last - target) ** 2]).cpu())
+        if explanation:
+            batch = {k: v.to(model.device) for k, v in pack(explanation).items()}
+            predicted = model(**batch, text_logits=True).logits.argmax(-1).cpu()
+            words += [_words_right(predicted, batch, tokenizer, r, s) for r in range(len(batch["segments"]))
+                      for s in batch["segments"][r].unique().tolist() if s >= 0 and s % SEGMENTS]
+    squares = torch.cat(squares, 1).mean((1, 2)).sqrt().tolist()
+    source, target, direction = np.array(words).mean(0).tolist()
+    return {"action_accuracy": torch.cat(right).float().mean().item(), "state_error": squares[0],
+            "state_error_nothing_moves": squares[1], "source_accuracy": source, "target_accuracy": target,
+            "direction_accuracy": direction, "explanation_accuracy": float(np.array(words).all(1).mean())}
+
+
+def _words_right(predicted, batch, tokenizer, row, segment):
+    """Whether source, target and direction of one explanation, teacher-forced, are predicted in all their tokens."""
+    at = ((batch["segments"][row] == segment) & batch["predict"][row]).nonzero()[:, 0].cpu()
+    truth, guess = batch["input_ids"][row].cpu()[at], predicted[row, at - 1]
+    pieces = [tokenizer.decode([t]).strip().lower() for t in truth.tolist()]
+    balls = [i for i, p in enumerate(pieces) if p == "ball"]
+    good = (truth == guess).tolist()
+    first, second = balls  # "The <source> ball is <direction> the <target> ball."
+    the = max(i for i in range(first, second) if pieces[i] == "the")
+    return [all(good[1:first]), all(good[the + 1:second]), all(good[first + 2:the])]
+
+
+def write_json(path, value):
+    """JSON written aside and renamed, so that no reader sees half a file."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,195 @@
+"""KALM's grounded language model: any causal LM of transformers, with eyes (state embedding) and hands (action heads).
+
+One sequence mixes text tokens, states and actions. Each modality has its own input embedding into the LM's hidden size
+and its own output head; the head at a position predicts what comes next (paper, section 4.1).
+This file knows dimensions but nothing of CLEVR-Robot, goals or files of rollouts.
+"""
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # modality of a position
+SEGMENTS = 1024  # at most so many segments in an example
+TASKS = ("dynamics", "explanation", "generation", "consequence")
+
+
+class KalmConfig(PretrainedConfig):
+    """What builds a KalmForRollouts besides its weights.
+
+    backbone_config: configuration of the causal LM, as an object or a dict with `model_type`.
+    observation_mean, observation_std: (observation_dim,) statistics that normalise states inside the model.
+    change_std: (observation_dim,) scale of one-step state changes; the state head predicts changes in these units.
+    token_scale: root mean square of the LM's token embeddings; new embeddings start there.
+    lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on all its linear layers (needs peft).
+    """
+    model_type = "kalm"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def __init__(self, backbone_config=None, observation_dim=10, num_actions=40, observation_mean=None, observation_std=None,
+                 change_std=None, token_scale=0.02, head_width=512, lora_rank=0, **kwargs):
+        if isinstance(backbone_config, dict):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        self.backbone_config = backbone_config
+        self.observation_dim, self.num_actions = observation_dim, num_actions
+        self.observation_mean = list(observation_mean or [0.0] * observation_dim)
+        self.observation_std = list(observation_std or [1.0] * observation_dim)
+        self.change_std = list(change_std or [1.0] * observation_dim)
+        self.token_scale, self.head_width, self.lora_rank = token_scale, head_width, lora_rank
+        super().__init__(**kwargs)
+
+
+@dataclass
+class KalmOutput(ModelOutput):
+    """loss: scalar; {text,action,state}_loss: its parts; task_losses: (4,) in the order of TASKS, 0 where absent.
+
+    state_pred: (B, L, observation_dim), the state that follows each position's current one; action_logits:
+    (B, L, num_actions); logits: (B, L, vocabulary) where text logits were asked for.
+    """
+    loss: Optional[torch.Tensor] = None
+    text_loss: Optional[torch.Tensor] = None
+    action_loss: Optional[torch.Tensor] = None
+    state_loss: Optional[torch.Tensor] = None
+    task_losses: Optional[torch.Tensor] = None
+    state_pred: Optional[torch.Tensor] = None
+    action_logits: Optional[torch.Tensor] = None
+    logits: Optional[torch.Tensor] = None
+    past_key_values: Optional[Cache] = None
+
+
+def segment_mask(segments, dtype):
+    """Additive attention mask (B, 1, L, L) for rows that pack examples of one prompt and several rollouts each.
+
+    segments: (B, L) int, example * SEGMENTS + segment; segment 0 is the example's prompt, 1.. are rollouts, which see the
+    prompt but not each other; -1 is padding. Attention is causal, and never leaves an example.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    position = torch.arange(segments.shape[1], device=segments.device)
+    seen = (position[:, None] >= position) & ((query == key) | (key == query - query % SEGMENTS))
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+class KalmForRollouts(PreTrainedModel):
+    """A causal LM with state and action embeddings and heads. See `forward` for the sequence format."""
+    config_class = KalmConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = []
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        if config.lora_rank:
+            from peft import LoraConfig, inject_adapter_in_model
+            inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
+                                               task_type="CAUSAL_LM"), self.backbone)
+        hidden, width = config.backbone_config.get_text_config().hidden_size, config.head_width
+        self.state_embedding = nn.Sequential(nn.Linear(config.observation_dim, width), nn.GELU(), nn.Linear(width, hidden))
+        self.action_embedding = nn.Embedding(config.num_actions, hidden)
+        self.state_head = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.observation_dim))
+        self.action_head = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.num_actions))
+        for name in ("observation_mean", "observation_std", "change_std"):
+            self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32))
+        self.post_init()
+
+    def _init_weights(self, module):
+        """New layers only: torch's own start, and embeddings at the scale of the LM's token embeddings."""
+        if module is self.action_embedding:
+            nn.init.normal_(module.weight, std=self.config.token_scale)
+        elif module is self.state_embedding[2]:  # its input layer came before, so a sample shows the scale to correct
+            module.reset_parameters()
+            sample = torch.randn(256, self.config.observation_dim, generator=torch.Generator().manual_seed(0))
+            scale = self.state_embedding(sample.to(module.weight)).square().mean().sqrt()
+            module.weight.mul_(self.config.token_scale / scale)
+            module.bias.mul_(self.config.token_scale / scale)
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    @classmethod
+    def from_llm(cls, llm, tokenizer=None, keep_layers=None, seed=0, **config):
+        """Wrap a pre-trained causal LM; `llm` is one that transformers has loaded. config: fields of KalmConfig."""
+        torch.manual_seed(seed)
+        scale = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
+        model = cls(KalmConfig(backbone_config=llm.config, token_scale=scale, **config))
+        weights = llm.state_dict()
+        for name, parameter in model.backbone.state_dict().items():
+            source = weights.get(name.replace(".base_layer", ""))
+            if source is not None:
+                parameter.copy_(source)
+        return model
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def new_parameters(self):
+        """Names of the parameters that grounding adds: everything outside the backbone, and LoRA's adapters."""
+        return [name for name, _ in self.named_parameters() if not name.startswith("backbone.") or ".lora_" in name]
+
+    def embed(self, input_ids, modality, states):
+        """Input embeddings (B, L, D) of an interleaved sequence; arguments as in `forward`."""
+        tokens = self.get_input_embeddings()(input_ids.where(modality == TEXT, 0))
+        actions = self.action_embedding(input_ids.where(modality == ACTION, 0))
+        seen = self.state_embedding((states - self.observation_mean) / self.observation_std).to(tokens.dtype)
+        modality = modality[..., None]
+        return torch.where(modality == STATE, seen, torch.where(modality == ACTION, actions.to(tokens.dtype), tokens))
+
+    def forward(self, input_ids, modality, states, segments=None, attention_mask=None, position_ids=None, predict=None,
+                task=None, past_key_values=None, use_cache=False, text_logits=False):
+        """Run an interleaved sequence of text, states and actions.
+
+        input_ids: (B, L) int64, the token or action index of each position (0 at states).
+        modality: (B, L) int64 of TEXT, STATE, ACTION or PAD.
+        states: (B, L, observation_dim), at a state position the state, at an action position the state it is taken in.
+        segments: (B, L), see `segment_mask`; or attention_mask: (B, past + L) with 0 at padding, as in transformers.
+        position_ids: (B, L); segments that share a prefix all go on where it ends.
+        predict: (B, L) bool, the positions whose content is to be predicted from the position before; gives `loss`.
+        task: (B, L) int64 index into TASKS, for the losses by task.
+        text_logits: also return `logits`, which cost as much as several layers.
+        """
+        embeddings = self.embed(input_ids, modality, states)
+        if segments is not None:
+            attention_mask = segment_mask(segments, embeddings.dtype)
+        out = self.backbone.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
+                                       past_key_values=past_key_values, use_cache=use_cache)
+        hidden = out.last_hidden_state
+        result = KalmOutput(past_key_values=out.past_key_values if use_cache else None)
+        if text_logits:
+            result.logits = self.backbone.get_output_embeddings()(hidden)
+        result.action_logits = self.action_head(hidden)
+        change = self.state_head(hidden)
+        result.state_pred = states + change.float() * self.change_std
+        if predict is not None:
+            self._add_losses(result, hidden, change, input_ids, modality, states, predict, task)
+        return result
+
+    def _add_losses(self, result, hidden, change, input_ids, modality, states, predict, task):
+        """Cross entropy for text and actions, squared error for states, means over their positions (paper, eq. 1-3)."""
+        nexts, ahead = modality[:, 1:], predict[:, 1:]
+        at = {kind: (ahead & (nexts == kind)).nonzero(as_tuple=True) for kind in (TEXT, ACTION, STATE)}
+        text, action, state = at[TEXT], at[ACTION], at[STATE]
+        text_logits = self.backbone.get_output_embeddings()(hidden[:, :-1][text])
+        losses = {
+            TEXT: F.cross_entropy(text_logits.float(), input_ids[:, 1:][text], reduction="none"),
+            ACTION: F.cross_entropy(result.action_logits[:, :-1][action].float(), input_ids[:, 1:][action], reduction="none"),
+            STATE: ((states[:, 1:][state] - states[:, :-1][state]) / self.change_std - change[:, :-1][state].float()).square().mean(-1)}
+        result.text_loss, result.action_loss, result.state_loss = (_mean(losses[k]) for k in (TEXT, ACTION, STATE))
+        result.loss = result.text_loss + 0.5 * result.action_loss + 0.5 * result.state_loss
+        if task is not None:
+            by_task = {kind: task[:, 1:][at[kind]] for kind in at}
+            result.task_losses = torch.stack([sum(
+                weight * _mean(losses[kind].detach()[by_task[kind] == t]) for kind, weight in ((TEXT, 1), (ACTION, 0.5), (STATE, 0.5)))
+                for t in range(len(TASKS))])
+
+
+def _mean(losses):
+    """Mean that is 0, with a gradient of 0, where there is nothing to average."""
+    return losses.sum() / max(len(losses), 1)
+
+
+AutoConfig.register("kalm", KalmConfig)
+AutoModel.register(KalmConfig, KalmForRollouts)

@@ -1,0 +1,221 @@
+"""Imagined rollouts: the sampling loop over the grounded LLM, the judging of what it imagines, rollouts on disk.
+
+The loop reads like the paper's (section 4.2): from a start state and a goal the model writes an action, the state it
+expects, the next action... The same loop acts in the environment when the physics writes the states instead.
+This file knows nothing of training.
+"""
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import env
+from ground import prompt_ids
+from model import ACTION, PAD, STATE, TEXT
+
+TABLE_LOW, TABLE_HIGH = np.array((-0.6, -0.3)), np.array((0.6, 0.7))
+LARGEST_MOVE = 0.55  # metres: no ball moved further in one action in 100,000 actions of random play (see docs/log.md)
+
+# ------------------------------------------------------------------------------------------------------------------
+# The sampling loop
+
+
+def prefill(model, tokenizer, goals, observations):
+    """Run prompts and start states through the model, left-padded. Returns its output, the mask (B, L), next positions (B,)."""
+    prompts = [prompt_ids(tokenizer, "generation", goal.text) for goal in goals]
+    longest = max(map(len, prompts)) + 1
+    device = model.device
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    modality = torch.full_like(ids, PAD)
+    for row, prompt in enumerate(prompts):
+        start = longest - 1 - len(prompt)
+        ids[row, start:-1], modality[row, start:-1] = torch.tensor(prompt), TEXT
+    modality[:, -1] = STATE
+    states = torch.zeros(len(prompts), longest, observations.shape[1])
+    states[:, -1] = observations
+    mask = (modality != PAD).long().to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(ids.to(device), modality.to(device), states.to(device), attention_mask=mask, position_ids=positions, use_cache=True)
+    return out, mask, positions[:, -1] + 1
+
+
+def decode_one(model, modality, index, states, mask, positions, cache):
+    """Feed one position a row: an action or a state. index, positions: (B,); states: (B, 10); mask: (B, all positions)."""
+    return model(index[:, None], torch.full_like(index, modality)[:, None], states[:, None], attention_mask=mask,
+                 position_ids=positions[:, None], past_key_values=cache, use_cache=True)
+
+
+def sample_actions(logits, temperature, generator):
+    """Actions (B,) from logits (B, 40): the best one at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = (logits.float() / temperature).softmax(-1).cpu()
+    return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logits.device)
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_steps=env.MAX_STEPS, seed=0, states=None):
+    """Roll out one goal from one start a row, with a key-value cache that lives through the rollout.
+
+    goals: B goals; observations: (B, 10). Each row ends when the judge says success, after max_steps actions, and
+    after one action for step goals; finished rows leave the batch. states: (B, 69) physics states, to act in the
+    environment instead of imagining. Returns B rollout records.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    array = env.goal_array(goals)
+    physics = None if states is None else np.array(states, np.float64)
+    obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
+    paths, moves = [[o] for o in obs.cpu().numpy()], [[] for _ in goals]
+    physics_paths = None if physics is None else [[s.copy()] for s in physics]
+    out, mask, positions = prefill(model, tokenizer, goals, obs)
+    cache, running = out.past_key_values, np.arange(len(goals))
+    one = mask.new_ones(len(goals), 1)
+    for step in range(max_steps):
+        actions = sample_actions(out.action_logits[:, -1], temperature, generator)
+        mask = torch.cat([mask, one[:len(mask)]], 1)
+        out = decode_one(model, ACTION, actions, obs, mask, positions, cache)
+        before, played = obs.cpu().numpy(), actions.cpu().numpy()
+        if physics is None:
+            obs = out.state_pred[:, -1]
+        else:
+            physics[running] = env.step_batch(physics[running], played)
+            obs = torch.as_tensor(env.observe(physics[running]), device=model.device)
+        after = obs.cpu().numpy()
+        judged = env.success(array[running], before, after, played, imagined=physics is None)
+        for row, o, a in zip(running, after, played):
+            paths[row].append(o)
+            moves[row].append(a)
+            if physics is not None:
+                physics_paths[row].append(physics[row].copy())
+        going = np.flatnonzero(~judged & (array[running, 0] != env.KINDS.index("step")))
+        if len(going) == 0 or step == max_steps - 1:
+            break
+        keep = torch.as_tensor(going, device=model.device)
+        if len(going) < len(running):
+            running = running[going]
+            cache.batch_select_indices(keep)
+        obs, mask, positions = obs[keep], torch.cat([mask, one[:len(mask)]], 1)[keep], positions[keep]
+        out = decode_one(model, STATE, torch.zeros_like(keep), obs, mask, positions + 1, cache)
+        positions = positions + 2
+    return [env.rollout_record(goal, np.array(path), np.array(a, np.int64), None if physics is None else np.array(physics_paths[i]))
+            for i, (goal, path, a) in enumerate(zip(goals, paths, moves))]
+
+
+def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, description="imagine", **options):
+    """`generate` in batches of goals with texts of like length, with a progress bar; returns records in the order of goals."""
+    order = np.argsort([len(g.text) for g in goals], kind="stable")
+    records = [None] * len(goals)
+    seed = options.pop("seed", 0)
+    for start in tqdm(range(0, len(goals), batch_size), desc=description, disable=len(goals) <= batch_size):
+        rows = order[start:start + batch_size]
+        part = generate(model, tokenizer, [goals[r] for r in rows], np.asarray(observations)[rows], seed=seed + start,
+                        states=None if states is None else states[rows], **options)
+        for row, record in zip(rows, part):
+            records[row] = record
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Judging what was imagined (paper, section 5.3)
+
+def quality(records):
+    """Figures of imagined rollouts: match, the rate that fulfils its goal; action_match, for step goals the action alone;
+
+    off_table and beyond_dynamics, rates of transitions that leave the table or move a ball further than physics can;
+    executed, the rate that fulfils its goal when its actions are played in the physics from its start.
+    """
+    first = np.stack([r["observations"][0] for r in records])
+    obs = np.concatenate([r["observations"][:-1] for r in records]).reshape(-1, 5, 2)
+    nexts = np.concatenate([r["observations"][1:] for r in records]).reshape(-1, 5, 2)
+    goals = [env.goal_of(r) for r in records]
+    played = env.run_episodes(replay([r["actions"] for r in records]), goals, env.state_from_observation(first),
+                              max(len(r["actions"]) for r in records))
+    figures = {
+        "rollouts": len(records), "match": np.mean([r["success"] for r in records]),
+        "executed": np.mean([p["success"] for p in played]), "actions": np.mean([len(r["actions"]) for r in records]),
+        "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
+        "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
+    steps = [i for i, g in enumerate(goals) if g.kind == "step"]
+    if steps:
+        figures["action_match"] = env.success([goals[i] for i in steps], first[steps], first[steps],
+                                              np.array([records[i]["actions"][0] for i in steps])).mean()
+    return {k: float(v) for k, v in figures.items()}
+
+
+def replay(plans):
+    """A policy for `env.run_episodes` that plays fixed action sequences; past its end a plan repeats its last action."""
+    played = np.zeros(len(plans), int)
+
+    def act(obs, rows):
+        actions = np.array([plans[row][min(played[row], len(plans[row]) - 1)] for row in rows])
+        played[rows] += 1
+        return actions
+    return act
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Rollouts on disk
+
+FEATURES = datasets.Features({
+    "goal": datasets.Value("string"), "level": datasets.Value("string"), "kind": datasets.Value("string"),
+    "relations": datasets.List(datasets.List(datasets.Value("string"))),
+    "observations": datasets.List(datasets.List(datasets.Value("float32"))),
+    "actions": datasets.List(datasets.Value("int64")), "rewards": datasets.List(datasets.Value("float32")),
+    "success": datasets.Value("bool"), "states": datasets.List(datasets.List(datasets.Value("float64")))})
+
+
+def write_rollouts(path, records):
+    """Write rollout records as a Hugging Face dataset folder, aside and then renamed."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    columns = {k: [r[k].tolist() if isinstance(r[k], np.ndarray) else r[k] for r in records] for k in FEATURES}
+    datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
+
+
+def read_rollouts(path):
+    """Rollout records of a dataset folder, checked: shapes, finite numbers, actions in range, goals that can be judged.
+
+    `states` are left on disk. Raises ValueError that names the folder, the row and the field.
+    """
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} is not a rollouts dataset ({str(error).splitlines()[0]})") from None
+    needed = [name for name in FEATURES if name != "states"]
+    missing = [name for name in needed if name not in data.column_names]
+    if missing:
+        raise ValueError(f"{path}: column {missing[0]!r} is missing; data/README.md describes the format")
+    records = data.select_columns(needed).to_list()
+    for number, record in enumerate(records):
+        try:
+            record["observations"] = np.array(record["observations"], np.float32).reshape(len(record["observations"]), -1)
+            record["actions"] = np.array(record["actions"], np.int64)
+            record["rewards"] = np.array(record["rewards"], np.float32)
+            check_record(record)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+    if not records:
+        raise ValueError(f"{path}: the dataset has no rows")
+    return records
+
+
+def check_record(record):
+    """Raise ValueError that says what is wrong with a rollout record, if anything is."""
+    steps = len(record["actions"])
+    if steps == 0:
+        raise ValueError("a rollout needs at least one action")
+    for field, shape in (("observations", (steps + 1, env.OBSERVATION_DIM)), ("rewards", (steps,))):
+        if record[field].shape != shape:
+            raise ValueError(f"{field} must have shape {shape} for {steps} actions, got {record[field].shape}")
+        if not np.isfinite(record[field]).all():
+            raise ValueError(f"{field} has NaN or infinite values")
+    if record["actions"].min() < 0 or record["actions"].max() >= env.NUM_ACTIONS:
+        raise ValueError(f"actions must be in 0..{env.NUM_ACTIONS - 1}, got {record['actions'].min()}..{record['actions'].max()}")
+    env.goal_of(record)
