@@ -435,13 +435,12 @@ def run_episodes(act, goals, states, max_steps=MAX_STEPS):
             for goal, path, a in zip(goals, paths, actions)]
 
 
-def rollout_record(goal, observations, actions, states=None):
-    """One row of a rollouts dataset: rewards and success are judged here, for real (`states` given) and imagined alike.
+def rollout_record(goal, observations, actions, states=None, imagined=False):
+    """One row of a rollouts dataset: rewards and success are judged here, for real and imagined rollouts alike.
 
-    observations: (T+1, 10); actions: (T,) int64; states: (T+1, 69) of real rollouts, None for imagined ones.
+    observations: (T+1, 10); actions: (T,) int64; states: (T+1, 69) where they are known.
     """
-    steps = ([goal_array(goal)[0]] * len(actions), observations[:-1], observations[1:], actions, states is None)
-    steps = (np.array(steps[0]).reshape(-1, 10), *steps[1:])
+    steps = (goal, observations[:-1], observations[1:], actions, imagined)
     record = goal.to_json()
     record["goal"] = record.pop("text")
     return {**record, "observations": np.asarray(observations, np.float32), "actions": np.asarray(actions, np.int64),

@@ -24,14 +24,14 @@ class KalmConfig(PretrainedConfig):
     backbone_config: configuration of the causal LM, as an object or a dict with `model_type`.
     observation_mean, observation_std: (observation_dim,) statistics that normalise states inside the model.
     change_std: (observation_dim,) scale of one-step state changes; the state head predicts changes in these units.
-    token_scale: root mean square of the LM's token embeddings; new embeddings start there.
+    embedding_rms: root mean square that state and action embeddings start with.
     lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on all its linear layers (needs peft).
     """
     model_type = "kalm"
     sub_configs = {"backbone_config": AutoConfig}
 
     def __init__(self, backbone_config=None, observation_dim=10, num_actions=40, observation_mean=None, observation_std=None,
-                 change_std=None, token_scale=0.02, head_width=512, lora_rank=0, **kwargs):
+                 change_std=None, embedding_rms=0.02, head_width=512, lora_rank=0, **kwargs):
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config
@@ -39,7 +39,7 @@ class KalmConfig(PretrainedConfig):
         self.observation_mean = list(observation_mean or [0.0] * observation_dim)
         self.observation_std = list(observation_std or [1.0] * observation_dim)
         self.change_std = list(change_std or [1.0] * observation_dim)
-        self.token_scale, self.head_width, self.lora_rank = token_scale, head_width, lora_rank
+        self.embedding_rms, self.head_width, self.lora_rank = embedding_rms, head_width, lora_rank
         super().__init__(**kwargs)
 
 
@@ -98,24 +98,27 @@ class KalmForRollouts(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """New layers only: torch's own start, and embeddings at the scale of the LM's token embeddings."""
+        """New layers only: torch's own start, and embeddings that start at `embedding_rms`."""
         if module is self.action_embedding:
-            nn.init.normal_(module.weight, std=self.config.token_scale)
+            nn.init.normal_(module.weight, std=self.config.embedding_rms)
         elif module is self.state_embedding[2]:  # its input layer came before, so a sample shows the scale to correct
             module.reset_parameters()
             sample = torch.randn(256, self.config.observation_dim, generator=torch.Generator().manual_seed(0))
             scale = self.state_embedding(sample.to(module.weight)).square().mean().sqrt()
-            module.weight.mul_(self.config.token_scale / scale)
-            module.bias.mul_(self.config.token_scale / scale)
+            module.weight.mul_(self.config.embedding_rms / scale)
+            module.bias.mul_(self.config.embedding_rms / scale)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
 
     @classmethod
-    def from_llm(cls, llm, tokenizer=None, keep_layers=None, seed=0, **config):
-        """Wrap a pre-trained causal LM; `llm` is one that transformers has loaded. config: fields of KalmConfig."""
+    def from_llm(cls, llm, embedding_scale=1.0, seed=0, **config):
+        """Wrap a causal LM that transformers has loaded. config: fields of KalmConfig.
+
+        New embeddings start at embedding_scale times the root mean square of the token embeddings.
+        """
         torch.manual_seed(seed)
-        scale = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
-        model = cls(KalmConfig(backbone_config=llm.config, token_scale=scale, **config))
+        rms = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
+        model = cls(KalmConfig(backbone_config=llm.config, embedding_rms=embedding_scale * rms, **config))
         weights = llm.state_dict()
         for name, parameter in model.backbone.state_dict().items():
             source = weights.get(name.replace(".base_layer", ""))

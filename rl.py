@@ -1,0 +1,284 @@
+"""Skill acquisition: offline RL on real and imaginary rollouts (paper, section 4.3).
+
+Goal texts are encoded once by a frozen language model; policies see the observation joined with the encoding. Behaviour
+cloning and discrete Conservative Q-Learning share one buffer, and all seeds train at once as a leading batch dimension.
+This file knows no grounded model: rollouts come in as records, wherever they are from.
+"""
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import trange
+
+import env
+
+# ------------------------------------------------------------------------------------------------------------------
+# Goal encodings
+
+
+@torch.inference_mode()
+def encode_texts(texts, model, tokenizer, batch_size=128):
+    """Frozen encodings of texts: (len(texts), hidden) float32, the mean of the last hidden states over each text's tokens.
+
+    model: any transformers encoder or causal LM without a head, e.g. `AutoModel.from_pretrained(...)`.
+    """
+    model.eval()
+    order = np.argsort([len(t) for t in texts], kind="stable")  # like lengths together: little padding
+    encoded = [None] * len(texts)
+    for start in range(0, len(texts), batch_size):
+        rows = order[start:start + batch_size]
+        ids = [tokenizer(texts[r], add_special_tokens=True)["input_ids"] for r in rows]
+        longest = max(map(len, ids))
+        mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids], device=model.device)
+        padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=model.device)
+        hidden = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+        weight = mask[..., None] / mask.sum(1)[:, None, None]
+        for row, vector in zip(rows, (hidden * weight).sum(1).cpu()):
+            encoded[row] = vector
+    return torch.stack(encoded)
+
+
+class GoalTable:
+    """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` a text's row."""
+
+    def __init__(self, texts, table):
+        self.index, self.table = {text: row for row, text in enumerate(texts)}, table
+
+    @classmethod
+    def encode(cls, training_texts, novel_texts, model, tokenizer):
+        """Encode all texts, standardised by the mean and deviation of the training texts."""
+        texts = list(dict.fromkeys([*training_texts, *novel_texts]))
+        encodings = encode_texts(texts, model, tokenizer)
+        known = encodings[:len(set(training_texts))]
+        return cls(texts, (encodings - known.mean(0)) / (known.std(0) + 1e-6))
+
+    def rows(self, texts):
+        """Rows of the table for texts: (len(texts),) int64."""
+        return np.array([self.index[t] for t in texts])
+
+    def save(self, path):
+        """A safetensors file; the texts are its metadata, as JSON."""
+        save_file({"table": self.table.cpu().contiguous()}, str(path), {"texts": json.dumps(list(self.index))})
+
+    @classmethod
+    def load(cls, path):
+        with safe_open(str(path), "pt") as file:
+            return cls(json.loads(file.metadata()["texts"]), file.get_tensor("table"))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Buffer
+
+class Buffer:
+    """Transitions as flat tensors on the device: obs, next_obs (N, 10); goal, action (N,) int64; reward, done (N,)."""
+
+    def __init__(self, records, goals, device="cpu"):
+        def joined(parts, dtype):
+            return torch.as_tensor(np.concatenate(list(parts)), dtype=dtype, device=device)
+        lengths = [len(r["actions"]) for r in records]
+        self.obs = joined((r["observations"][:-1] for r in records), torch.float32)
+        self.next_obs = joined((r["observations"][1:] for r in records), torch.float32)
+        self.action = joined((r["actions"] for r in records), torch.int64)
+        self.reward = joined((r["rewards"] for r in records), torch.float32)
+        self.goal = torch.as_tensor(np.repeat(goals.rows([r["goal"] for r in records]), lengths), device=device)
+        self.done = torch.zeros(len(self.action), device=device)
+        self.done[torch.as_tensor(np.cumsum(lengths) - 1, device=device)] = torch.tensor(
+            [float(r["success"]) for r in records], device=device)
+
+    def __len__(self):
+        return len(self.action)
+
+    def take(self, rows):
+        """The transitions `rows` (any shape) as a tuple (obs, goal, action, reward, next_obs, done)."""
+        return tuple(x[rows] for x in (self.obs, self.goal, self.action, self.reward, self.next_obs, self.done))
+
+
+def sample_batch(real, imaginary, size, seeds, imaginary_share, generator):
+    """A batch (seeds, size) a seed, its first part from `real` and `imaginary_share` of it from each imaginary buffer in
+    equal parts; `imaginary` is a list of buffers, empty for real data alone."""
+    counts = np.diff(np.linspace(0, round(size * imaginary_share), len(imaginary) + 1).astype(int)) if imaginary else []
+    parts = [(real, size - sum(counts)), *zip(imaginary, counts)]
+    drawn = [b.take(torch.randint(len(b), (seeds, n), generator=generator, device=b.action.device)) for b, n in parts if n]
+    return tuple(torch.cat(column, 1) for column in zip(*drawn))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Networks and losses
+
+class SeededMLP(nn.Module):
+    """One MLP a seed, evaluated together: (seeds, batch, sizes[0]) -> (seeds, batch, sizes[-1]), ReLU between."""
+
+    def __init__(self, seeds, sizes):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            bound = fan_in ** -0.5  # torch.nn.Linear's start, with a generator of its own for each seed
+            draw = [torch.Generator().manual_seed(1000 * seed + len(self.weights)) for seed in seeds]
+            self.weights.append(torch.stack([torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=g) for g in draw]))
+            self.biases.append(torch.stack([torch.empty(1, fan_out).uniform_(-bound, bound, generator=g) for g in draw]))
+
+    def forward(self, x):
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < len(self.weights) - 1:
+                x = F.relu(x)
+        return x
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Offline RL. The paper: BC with batch 100 and lr 1e-3, CQL with batch 32, lr 6.25e-5 and weight 10, 500,000 steps."""
+    steps: int = 8000
+    batch: int = 256
+    lr: float = 1e-3                  # decays to 0 along a cosine
+    width: int = 256                  # two hidden layers of it
+    weight_decay: float = 1e-4
+    discount: float = 0.99            # gamma
+    conservative_weight: float = 1.0  # alpha of CQL
+    reward_scale: float = 0.01        # a success is worth 1
+    target_update: float = 0.005      # Polyak step toward the online network, each gradient step
+    imaginary_share: float = 0.5      # of each batch
+
+
+def imitation_loss(logits, action):
+    """Behaviour cloning: cross entropy of the data's actions. logits: (seeds, batch, actions). Returns (seeds,)."""
+    return -logits.log_softmax(-1).gather(-1, action[..., None]).squeeze(-1).mean(-1)
+
+
+def bellman_loss(q, next_q, next_q_target, action, reward, done, discount):
+    """Squared error to the double-DQN target r + gamma (1 - done) Q_target(s', argmax_a Q(s', a)). Returns (seeds,)."""
+    best = next_q.argmax(-1, keepdim=True)
+    target = reward + discount * (1 - done) * next_q_target.gather(-1, best).squeeze(-1)
+    chosen = q.gather(-1, action[..., None]).squeeze(-1)
+    return (chosen - target.detach()).square().mean(-1)
+
+
+def conservative_loss(q, action):
+    """Push Q down where no data is: E[logsumexp_a Q(s, a) - Q(s, a_data)] (Kumar et al., 2020, eq. 4). Returns (seeds,)."""
+    chosen = q.gather(-1, action[..., None]).squeeze(-1)
+    return (q.logsumexp(-1) - chosen).mean(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training and acting
+
+def policy_input(obs, goal, table):
+    """Observation joined with the goal's encoding: (..., 10) and (...,) -> (..., 10 + hidden)."""
+    return torch.cat([obs / 0.3, table[goal]], -1)
+
+
+def learn(algorithm, real, imaginary, table, seeds, config, on_step=None, description=""):
+    """Train one policy a seed, all at once. algorithm: "bc" or "cql"; real: Buffer; imaginary: list of Buffers.
+
+    table: (goals, hidden) encodings. Returns the trained SeededMLP and its learning curve, a list of (step, loss).
+    """
+    device = real.action.device
+    table = table.to(device)
+    sizes = [real.obs.shape[1] + table.shape[1], config.width, config.width, env.NUM_ACTIONS]
+    network = SeededMLP(seeds, sizes).to(device)
+    target = SeededMLP(seeds, sizes).to(device).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    generator = torch.Generator(device=device).manual_seed(int(sum(seeds)) + 17)
+    curve = []
+    for step in trange(config.steps, desc=description or algorithm, leave=False, mininterval=1):
+        obs, goal, action, reward, next_obs, done = sample_batch(
+            real, imaginary, config.batch, len(seeds), config.imaginary_share, generator)
+        q = network(policy_input(obs, goal, table))
+        if algorithm == "bc":
+            loss = imitation_loss(q, action)
+        else:
+            ahead = policy_input(next_obs, goal, table)
+            with torch.no_grad():
+                next_q, next_q_target = network(ahead), target(ahead)
+            loss = (bellman_loss(q, next_q, next_q_target, action, config.reward_scale * reward, done, config.discount)
+                    + config.conservative_weight * conservative_loss(q, action))
+        optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        optimizer.step()
+        schedule.step()
+        if algorithm == "cql":
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), network.parameters()):
+                    slow.lerp_(fast, config.target_update)
+        if step % max(1, config.steps // 100) == 0:
+            curve.append((step, loss.mean().item()))
+    return network, curve
+
+
+def policy_of(network, seed_index, table, goal_rows):
+    """A greedy policy for `env.run_episodes`: episode i pursues the goal in row goal_rows[i] of the table."""
+    device = network.weights[0].device
+    table, goal_rows = table.to(device), torch.as_tensor(goal_rows, device=device)
+    weights = [(w[seed_index], b[seed_index]) for w, b in zip(network.weights, network.biases)]
+
+    @torch.inference_mode()
+    def act(obs, rows):
+        x = policy_input(torch.as_tensor(obs, device=device), goal_rows[torch.as_tensor(rows, device=device)], table)
+        for layer, (weight, bias) in enumerate(weights):
+            x = torch.addmm(bias, x, weight)
+            if layer < len(weights) - 1:
+                x = F.relu(x)
+        return x.argmax(-1).cpu().numpy()
+    return act
+
+
+def relabel(records, goals, count, rng, pool=6000):
+    """The control without a language model: real rollouts, cut and renamed for novel goals that they happen to fulfil.
+
+    records: real rollouts; goals: novel ones; count: how many to make, spread evenly over the goals that any rollout
+    fulfils (fewer than count if none does). The judge is the one that filters imaginary rollouts.
+    """
+    chosen = [records[i] for i in rng.permutation(len(records))[:pool]]
+    lengths = np.array([len(r["actions"]) for r in chosen])
+    obs = np.concatenate([r["observations"][:-1] for r in chosen])
+    nexts = np.concatenate([r["observations"][1:] for r in chosen])
+    actions = np.concatenate([r["actions"] for r in chosen])
+    owner, offset = np.repeat(np.arange(len(chosen)), lengths), np.cumsum(lengths) - lengths
+    candidates = []
+    for goal in goals:
+        hit = np.flatnonzero(env.success(goal, obs, nexts, actions))
+        if goal.kind != "step":  # only the first success of a rollout, and only if it was not fulfilled from the start
+            fulfilled = env.success(goal, obs[offset], obs[offset], actions[offset])
+            hit = hit[np.unique(owner[hit], return_index=True)[1]]
+            hit = hit[~fulfilled[owner[hit]]]
+        candidates.append(rng.permutation(hit))
+    made, turn = [], 0
+    while len(made) < count and any(turn < len(c) for c in candidates):
+        for goal, hits in zip(goals, candidates):
+            if turn < len(hits) and len(made) < count:
+                record, end = chosen[owner[hits[turn]]], hits[turn] - offset[owner[hits[turn]]] + 1
+                begin = end - 1 if goal.kind == "step" else 0
+                made.append(env.rollout_record(goal, record["observations"][begin:end + 1], record["actions"][begin:end]))
+        turn += 1
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Policies on disk
+
+def save_policy(path, network, seeds, method, config):
+    """All seeds of one method as one safetensors file, written aside and renamed."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    save_file(tensors, str(aside), {"method": method, "seeds": json.dumps(list(seeds)), "config": json.dumps(asdict(config))})
+    aside.replace(path)
+
+
+def load_policy(path):
+    """(SeededMLP, seeds) of a file from `save_policy`."""
+    with safe_open(str(path), "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+        seeds = json.loads(file.metadata()["seeds"])
+    layers = len(tensors) // 2
+    sizes = [tensors["weights.0"].shape[1]] + [tensors[f"weights.{i}"].shape[2] for i in range(layers)]
+    network = SeededMLP(seeds, sizes)
+    network.load_state_dict(tensors)
+    return network, seeds
