@@ -21,6 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets  # noqa: E402
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
@@ -71,17 +72,18 @@ OPTIONS = (
     Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
     Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
     Option("new_learning_rate", "ground", (1e-3, 1e-3, 1e-3, 1e-3), "of state and action embeddings and heads"),
-    Option("embedding_scale", "ground", (1.0,), "start of the new embeddings, in units of the LLM's token embeddings"),
+    Option("embedding_scale", "ground", (7.0,), "start of the new embeddings, in units of the LLM's token embeddings"),
     Option("report_to", "ground", ("none",), "tensorboard, wandb, ... as in transformers"),
     Option("goals", "imagine", ("",), "file of novel goals, one JSON object a line, instead of the built-in ones"),
     Option("split", "imagine", ("test",), "built-in novel goals: validation (to choose options) or test (to report)"),
     Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
     Option("rollouts_per_novel_goal", "imagine", (2, 6, 20, 50), "imagined rollouts for each of them"),
+    Option("easy_factor", "imagine", (1, 4, 4, 10), "times as many for easy goals, which take one action"),
     Option("temperature", "imagine", (1.0,), "of sampled actions; 0 takes the likeliest"),
     Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
     Option("keep", "learn", ("matched",), "imagined rollouts to learn from: matched (goal met) or all"),
     Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
-    Option("encoder_layers", "learn", (0, 8, 8, 0), "first layers of the base LLM that encode goals; 0: all"),
+    Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM that encode goals; 0: all"),
     Option("rl_steps", "learn", (60, 8000, 30000, 500000), "gradient steps of offline RL"),
     Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
@@ -89,6 +91,7 @@ OPTIONS = (
     Option("imaginary_share", "learn", (0.5,), "of each batch"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
+    Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
 )
 
 
@@ -251,7 +254,7 @@ def imagine(options, state):
     goals["offline"] = env.sample_goals("offline", "train", options.novel_goals, np.random.default_rng([options.seed, 2]))
     for number, (level, level_goals) in enumerate(goals.items()):
         rng = np.random.default_rng([options.seed, 3, number])
-        repeats = options.rollouts_per_novel_goal if level != "offline" else 1
+        repeats = {"offline": 1, "easy": options.rollouts_per_novel_goal * options.easy_factor}.get(level, options.rollouts_per_novel_goal)
         wanted = [g for g in level_goals for _ in range(repeats)]
         starts = env.observe(env.unfulfilled_states(rng, wanted))
         mine = range(state.process_index, len(wanted), state.num_processes)
@@ -345,12 +348,11 @@ def evaluate(options, state):
         if method == "llm":
             with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
                 records = rollout.generate_all(model, tokenizer, episodes, env.observe(starts[s]), states=starts[s],
-                                               max_steps=env.MAX_STEPS if options.scale != "smoke" else options.max_steps,
-                                               description="the LLM as policy")
+                                               max_steps=options.episode_steps, description="the LLM as policy")
         else:
             network, _ = rl.load_policy(options.run / "policies" / f"{method}.safetensors")
             act = rl.policy_of(network, s, table.table, table.rows([g.text for g in episodes]))
-            records = env.run_episodes(act, episodes, starts[s])
+            records = env.run_episodes(act, episodes, starts[s], options.episode_steps)
         won = np.array([r["success"] for r in records])
         scores.append((method, s, {level: float(won[levels == level].mean()) for level in goals}))
     scores = gather_object(scores)
@@ -528,6 +530,8 @@ def print_plan(options, todo):
 def main(arguments=None):
     """Run the stages that a command line asks for. Returns the exit code: 0, or 2 after a message about bad input."""
     debug = "--debug" in (sys.argv if arguments is None else arguments)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     try:
         options = parse_options(arguments)
         check_run_folder(options)
@@ -566,7 +570,7 @@ def run_stages(options):
             manifest = read_manifest(options.run)
             manifest["stages"][stage] = {"fingerprint": fingerprint(stage, options, manifest), "time_s": round(time.time() - started, 1)}
             ground.write_json(options.run / "manifest.json", manifest)
-            if stage != "report" and stage == "evaluate":
+            if stage == "evaluate":
                 path = options.run / "results.json"
                 results = json.loads(path.read_text(encoding="utf-8"))
                 results["time_s"] = {s: manifest["stages"][s]["time_s"] for s in STAGES if s in manifest["stages"] and s != "report"}
