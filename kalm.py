@@ -81,14 +81,14 @@ OPTIONS = (
     Option("easy_factor", "imagine", (1, 4, 4, 10), "times as many for easy goals, which take one action"),
     Option("temperature", "imagine", (1.0,), "of sampled actions; 0 takes the likeliest"),
     Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
-    Option("keep", "learn", ("matched",), "imagined rollouts to learn from: matched (goal met) or all"),
+    Option("keep", "learn", ("all", "matched", "matched", "matched"), "imagined rollouts to learn from: matched (goal met) or all"),
     Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
     Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM that encode goals; 0: all"),
     Option("rl_steps", "learn", (60, 8000, 30000, 500000), "gradient steps of offline RL"),
     Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 1.0, 1.0, 10.0), "alpha of CQL"),
-    Option("imaginary_share", "learn", (0.5,), "of each batch"),
+    Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
@@ -97,7 +97,7 @@ OPTIONS = (
 
 def parse_options(arguments):
     """The options of a command line, every default filled in from its scale. Raises ValueError for a bad value."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stage", nargs="+", default=["all"], help=f"one or more of {', '.join(STAGES)}; or all")
     parser.add_argument("--output_dir", default="runs/kalm", help="the run's folder")
@@ -110,7 +110,7 @@ def parse_options(arguments):
         group = [o for o in OPTIONS if o.stage == stage]
         section = parser.add_argument_group(f"{stage} (defaults: {' / '.join(SCALES)})") if group else None
         for option in group:
-            section.add_argument(f"--{option.name}", type=type(option.values[0]), default=argparse.SUPPRESS,
+            section.add_argument(f"--{option.name}", type=type(option.values[0]), default=argparse.SUPPRESS, metavar="",
                                  help=f"{option.help} ({' / '.join(str(v) for v in option.values)})")
     options = parser.parse_args(arguments)
     if options.scale not in SCALES:
