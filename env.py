@@ -19,6 +19,7 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 COLORS = ("red", "blue", "green", "purple", "cyan")
 DIRECTIONS = ("behind", "left", "front", "right")
@@ -209,7 +210,11 @@ class Goal:
 def read_goals(path):
     """Goals of a file with one JSON object a line. Raises ValueError that names file and line."""
     goals = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 goals.append(Goal.from_json(json.loads(line)))
@@ -409,8 +414,8 @@ def unfulfilled_states(rng, goals):
         states[fulfilled] = initial_states(rng, fulfilled.sum())
 
 
-def run_episodes(act, goals, states, max_steps=MAX_STEPS):
-    """Act in the environment, all episodes in lockstep, each until its success or max_steps.
+def run_episodes(act, goals, states, max_steps=MAX_STEPS, description=None):
+    """Act in the environment, all episodes in lockstep, each until its success or max_steps; description: of a progress bar.
 
     act(obs, rows): actions for observations (b, 10) of the episodes `rows` (b,), those that still run.
     goals: B goals; states: (B, 69) starts. Step goals last one action. Returns B rollout records (see `rollout_record`).
@@ -419,7 +424,7 @@ def run_episodes(act, goals, states, max_steps=MAX_STEPS):
     paths = [[state.copy()] for state in current]
     actions, done = [[] for _ in paths], [False] * len(paths)
     running = np.arange(len(paths))
-    for _ in range(max_steps):
+    for _ in tqdm(range(max_steps), desc=description, disable=description is None, leave=False):
         if len(running) == 0:
             break
         before = observe(current[running])

@@ -13,6 +13,7 @@ import json
 import numpy as np
 import torch
 import transformers
+from tqdm import trange
 
 import env
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
@@ -199,7 +200,7 @@ def evaluate(model, tokenizer, rollouts, batch_examples=32):
     model.eval()
     examples = GroundingExamples(rollouts, tokenizer, tasks=("generation", "explanation"))
     right, squares, words = [], [], []
-    for start in range(0, len(examples), batch_examples):
+    for start in trange(0, len(examples), batch_examples, desc="evaluate grounding", leave=False):
         part = [examples[i] for i in range(start, min(start + batch_examples, len(examples)))]
         generation = [e for e in part if e["task"][0] == TASKS.index("generation")]
         explanation = [e for e in part if e["task"][0] == TASKS.index("explanation")]

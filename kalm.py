@@ -131,6 +131,8 @@ def parse_options(arguments):
             raise ValueError(f"--{name} is {' or '.join(allowed)}, got {getattr(options, name)!r}")
     if options.imaginary_share >= 1:
         raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}")
     options.stages = [s for s in STAGES if "all" in options.stage or s in options.stage]
     options.run = Path(options.output_dir)
     return options
@@ -140,7 +142,7 @@ ZERO_MEANS_ALL = ("keep_layers", "lora_rank", "encoder_layers")
 
 
 def check_run_folder(options):
-    """Refuse a folder that is not a KALM run, and stages whose input no stage has made. Writes nothing."""
+    """Refuse a folder that is not a KALM run, and stages whose input is missing or made otherwise. Writes nothing."""
     run = options.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output_dir {run} is a file; give a folder")
@@ -152,6 +154,17 @@ def check_run_folder(options):
             if needed not in options.stages and needed not in done:
                 raise ValueError(f"stage {stage!r} reads what stage {needed!r} writes, and {run} has none; "
                                  f"run `--stage {needed}` first")
+    for stage in sorted({s for stage in options.stages for s in follows_from(stage)} - set(options.stages), key=STAGES.index):
+        given = stage_options(stage, options)
+        for name, value in done.get(stage, {"options": {}})["options"].items():
+            if value != given[name]:
+                raise ValueError(f"stage {stage!r} was run with --{name} {value}, and this command has {given[name]}; "
+                                 f"repeat that option, or name {stage!r} in --stage too")
+
+
+def follows_from(stage):
+    """All stages whose output a stage depends on, directly or not."""
+    return {s for needed in READS[stage] for s in (needed, *follows_from(needed))}
 
 
 def novel_goals(options):
@@ -184,13 +197,18 @@ def read_manifest(run):
     return manifest
 
 
+def stage_options(stage, options):
+    """The options that a stage's result follows from; a goals file counts by its content."""
+    own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
+    if own.get("goals"):
+        own["goals"] = hashlib.sha256(Path(options.goals).read_bytes()).hexdigest()
+    return {"seed": options.seed, **own}
+
+
 def fingerprint(stage, options, manifest):
     """Hash of what a stage's result follows from: its options, and the fingerprints of the stages it reads."""
-    own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
-    if options.goals and stage == "imagine":
-        own["goals"] = hashlib.sha256(Path(options.goals).read_bytes()).hexdigest()
     read = {name: manifest["stages"].get(name, {}).get("fingerprint") for name in READS[stage]}
-    return hashlib.sha256(json.dumps([stage, options.seed, own, read], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([stage, stage_options(stage, options), read], sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -203,7 +221,7 @@ def collect(options, state):
     rng = np.random.default_rng([options.seed, 0])
     goals = [g for g in env.sample_goals("offline", "train", options.train_goals, rng) for _ in range(options.rollouts_per_goal)]
     array, states = env.goal_array(goals), env.unfulfilled_states(rng, goals)
-    records = env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), goals, states, max_steps=20)
+    records = env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), goals, states, 20, "collect")
     kept = [r for r in records if r["success"]]
     print(f"  {len(kept)} of {len(records)} expert rollouts succeed, {np.mean([len(r['actions']) for r in kept]):.1f} actions each")
     rollout.write_rollouts(options.run / "rollouts" / "real", kept)
@@ -240,7 +258,7 @@ def ground_llm(options, state):
 
 
 def load_grounded(options, state):
-    """The grounded model on this process's device, in bf16 where the device has it, and its tokenizer."""
+    """The grounded model on this process's device, and its tokenizer."""
     folder = options.run / "grounded"
     model = KalmForRollouts.from_pretrained(folder, dtype=torch.float32)
     return model.to(state.device).eval(), transformers.AutoTokenizer.from_pretrained(folder)
@@ -293,10 +311,11 @@ def learn(options, state):
     rng = np.random.default_rng([options.seed, 4])
     relabelled = {level: rl.relabel(real, goals[level], len(kept), rng) for level, kept in imagined.items()}
     table = rl.GoalTable.encode([r["goal"] for r in real], [g.text for level in goals.values() for g in level],
-                                    *load_encoder(options, state))
+                                *load_encoder(options, state))
     sources = {"": {}, "relabel": relabelled, "kalm": imagined}
-    print("  rollouts to learn from: real " + str(len(real)) + "".join(
-        f"; {name} " + ", ".join(f"{level} {len(rows)}" for level, rows in source.items()) for name, source in sources.items() if name))
+    if state.is_main_process:
+        print(f"  rollouts to learn from: real {len(real)}" + "".join(
+            f"; {name} " + ", ".join(f"{level} {len(rows)}" for level, rows in sources[name].items()) for name in ("relabel", "kalm")))
     config = rl.RLConfig(steps=options.rl_steps, batch=options.rl_batch, lr=options.rl_learning_rate,
                          conservative_weight=options.conservative_weight, imaginary_share=options.imaginary_share)
     folder, aside = options.run / "policies", options.run / "policies.partial"
@@ -325,11 +344,8 @@ def load_encoder(options, state):
     if options.encoder == "llm":
         llm, tokenizer = llm_source.load(options.llm_path, options.encoder_layers, options.seed)
         return llm.base_model.to(state.device), tokenizer
-    try:
-        return (transformers.AutoModel.from_pretrained(options.encoder, dtype=torch.float32).to(state.device),
-                transformers.AutoTokenizer.from_pretrained(options.encoder))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--encoder {options.encoder}: not a transformers model ({str(error).splitlines()[0]})") from None
+    return (transformers.AutoModel.from_pretrained(options.encoder, dtype=torch.float32).to(state.device),
+            transformers.AutoTokenizer.from_pretrained(options.encoder))
 
 
 def evaluate(options, state):
@@ -352,7 +368,7 @@ def evaluate(options, state):
         else:
             network, _ = rl.load_policy(options.run / "policies" / f"{method}.safetensors")
             act = rl.policy_of(network, s, table.table, table.rows([g.text for g in episodes]))
-            records = env.run_episodes(act, episodes, starts[s], options.episode_steps)
+            records = env.run_episodes(act, episodes, starts[s], options.episode_steps, f"evaluate {method}")
         won = np.array([r["success"] for r in records])
         scores.append((method, s, {level: float(won[levels == level].mean()) for level in goals}))
     scores = gather_object(scores)
@@ -534,9 +550,13 @@ def main(arguments=None):
     transformers.logging.disable_progress_bar()
     try:
         options = parse_options(arguments)
-        check_run_folder(options)
         novel_goals(options)
+        check_run_folder(options)
         options.llm_path = llm_source.resolve(options.llm)
+        llm_source.check_layers(options.llm_path, options.keep_layers, "--keep_layers")
+        llm_source.check_layers(options.llm_path, options.encoder_layers, "--encoder_layers")
+        if options.encoder != "llm":
+            llm_source.resolve(options.encoder, "--encoder")
         run_stages(options)
     except (ValueError, OSError) as error:
         if debug:
@@ -557,6 +577,7 @@ def run_stages(options):
         if options.force or upstream & set(READS[stage]) or not record or record["fingerprint"] != fingerprint(stage, options, manifest):
             todo.append(stage)
             upstream.add(stage)
+    state.wait_for_everyone()  # all processes have read the manifest before the first stage changes it
     if state.is_main_process:
         print_plan(options, todo)
     for stage in todo:
@@ -568,7 +589,8 @@ def run_stages(options):
         state.wait_for_everyone()
         if state.is_main_process:
             manifest = read_manifest(options.run)
-            manifest["stages"][stage] = {"fingerprint": fingerprint(stage, options, manifest), "time_s": round(time.time() - started, 1)}
+            manifest["stages"][stage] = {"fingerprint": fingerprint(stage, options, manifest),
+                                         "options": stage_options(stage, options), "time_s": round(time.time() - started, 1)}
             ground.write_json(options.run / "manifest.json", manifest)
             if stage == "evaluate":
                 path = options.run / "results.json"

@@ -31,7 +31,7 @@ def encode_texts(texts, model, tokenizer, batch_size=128):
     model.eval()
     order = np.argsort([len(t) for t in texts], kind="stable")  # like lengths together: little padding
     encoded = [None] * len(texts)
-    for start in range(0, len(texts), batch_size):
+    for start in trange(0, len(texts), batch_size, desc="encode goals", leave=False, disable=len(texts) < 10 * batch_size):
         rows = order[start:start + batch_size]
         ids = [tokenizer(texts[r], add_special_tokens=True)["input_ids"] for r in rows]
         longest = max(map(len, ids))

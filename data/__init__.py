@@ -1,0 +1,1 @@
+"""Goal sentences and the language model: see README.md in this folder."""

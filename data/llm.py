@@ -40,18 +40,19 @@ def hub_reachable():
         return False
 
 
-def resolve(name):
-    """The folder or Hub name of an LLM that `load` can read; fetches the default one. Raises ValueError if it is nowhere."""
+def resolve(name, option="--llm"):
+    """The folder or Hub name of a model that transformers can load; fetches the default LLM. Raises ValueError, which
+    names the option that asked, if it is nowhere."""
     if name == DEFAULT:
         return fetch_default()
     if name == TINY or (Path(name) / "config.json").is_file():
         return name
     if Path(name).exists():
-        raise ValueError(f"--llm {name}: this folder has no config.json; give a folder that save_pretrained wrote")
+        raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote")
     try:
         transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
     except Exception as error:
-        raise ValueError(f"--llm {name}: neither a local folder nor found on the Hugging Face Hub ({type(error).__name__}); "
+        raise ValueError(f"{option} {name}: neither a local folder nor found on the Hugging Face Hub ({type(error).__name__}); "
                          f"use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub can be reached") from None
     return name
 
@@ -107,15 +108,21 @@ def _from_wheel():
     return tokenizer, model
 
 
+def check_layers(name, keep_layers, option):
+    """Raise ValueError if a resolved LLM has fewer layers than an option asks for."""
+    layers = 2 if name == TINY else transformers.AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+    if keep_layers > layers:
+        raise ValueError(f"{option} {keep_layers}: {name} has {layers} layers; give at most as many, or 0 for all")
+
+
 def load(name, keep_layers=0, seed=0):
     """(causal LM, tokenizer) of a resolved name. keep_layers: cut the LM to its first layers; 0 keeps all."""
+    check_layers(name, keep_layers, "keep_layers")
     if name == TINY:
         return tiny(seed)
     config = transformers.AutoConfig.from_pretrained(name)
     text = config.get_text_config()
     if keep_layers:
-        if keep_layers > text.num_hidden_layers:
-            raise ValueError(f"--keep_layers {keep_layers}: {name} has {text.num_hidden_layers} layers")
         text.num_hidden_layers = keep_layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:keep_layers]

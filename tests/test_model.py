@@ -1,0 +1,185 @@
+"""KalmForRollouts: losses against plain loops, packing, saving and loading, other language models."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import new_model
+
+import ground
+from data import llm
+from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts, segment_mask
+
+TINY_LLMS = {
+    "llama": lambda: llm.tiny(0)[0].config,
+    "qwen2": lambda: transformers.Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                              num_attention_heads=4, num_key_value_heads=2),
+    "gemma": lambda: transformers.GemmaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                              num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                   num_attention_heads=4),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+}
+
+
+def tiny_model(name, **options):
+    torch.manual_seed(1)
+    return KalmForRollouts.from_llm(transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]()), **options).eval()
+
+
+def hand_batch():
+    """Two examples in one row, the first a prompt with two rollouts, then padding: (1, 16)."""
+    row = [  # modality, index, segment, position, predict, task
+        (TEXT, 5, 0, 0, 0, 2), (TEXT, 6, 0, 1, 0, 2), (STATE, 0, 1, 2, 0, 2), (ACTION, 7, 1, 3, 1, 2), (STATE, 0, 1, 4, 1, 2),
+        (STATE, 0, 2, 2, 0, 2), (ACTION, 39, 2, 3, 1, 2), (STATE, 0, 2, 4, 1, 2), (ACTION, 1, 2, 5, 1, 2), (STATE, 0, 2, 6, 1, 2),
+        (TEXT, 8, SEGMENTS, 0, 0, 1), (STATE, 0, SEGMENTS + 1, 1, 0, 1), (TEXT, 9, SEGMENTS + 1, 2, 1, 1),
+        (TEXT, 3, SEGMENTS + 1, 3, 1, 1), (PAD, 0, -1, 0, 0, 0), (PAD, 0, -1, 0, 0, 0)]
+    modality, ids, segments, positions, predict, task = torch.tensor(row).T[:, None]
+    states = torch.randn(1, 16, 10, generator=torch.Generator().manual_seed(0)) * (modality == STATE)[..., None]
+    for action in (modality[0] == ACTION).nonzero()[:, 0]:
+        states[0, action] = states[0, action - 1]  # the state it is taken in
+    return {"input_ids": ids, "modality": modality, "states": states, "segments": segments, "position_ids": positions,
+            "predict": predict.bool(), "task": task}
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        out = model(**batch, text_logits=True)
+    return out.logits, out.action_logits, out.state_pred
+
+
+def test_the_loss_is_the_one_that_plain_loops_compute():
+    change_std = [0.1 * (i + 1) for i in range(10)]
+    model, batch = tiny_model("llama", change_std=change_std, observation_mean=[0.3] * 10, observation_std=[0.7] * 10), hand_batch()
+    with torch.no_grad():
+        out = model(**batch, text_logits=True)
+    parts = {kind: [] for kind in (TEXT, ACTION, STATE)}  # (task, loss)
+    for i in range(1, 16):
+        if not batch["predict"][0, i]:
+            continue
+        kind, index = int(batch["modality"][0, i]), int(batch["input_ids"][0, i])
+        if kind == STATE:
+            error = [(float(batch["states"][0, i, k]) - float(out.state_pred[0, i - 1, k])) / change_std[k] for k in range(10)]
+            loss = sum(e * e for e in error) / 10
+        else:
+            scores = (out.logits if kind == TEXT else out.action_logits)[0, i - 1].tolist()
+            loss = math.log(sum(math.exp(s) for s in scores)) - scores[index]
+        parts[kind].append((int(batch["task"][0, i]), loss))
+    assert [len(parts[kind]) for kind in (TEXT, ACTION, STATE)] == [2, 3, 3]
+
+    def weighted(keep):
+        def mean(kind):
+            chosen = [loss for task, loss in parts[kind] if keep(task)]
+            return sum(chosen) / max(1, len(chosen))
+        return mean(TEXT) + 0.5 * mean(ACTION) + 0.5 * mean(STATE)
+    assert out.loss.item() == pytest.approx(weighted(lambda task: True), rel=1e-4)
+    assert out.task_losses.tolist() == pytest.approx([weighted(lambda task: task == t) for t in range(len(TASKS))], rel=1e-4)
+
+
+def test_segment_mask_is_causal_within_a_segment_and_its_prompt():
+    segments = torch.tensor([[0, 0, 1, 1, 2, SEGMENTS, SEGMENTS + 1, SEGMENTS + 1, SEGMENTS + 2, -1],
+                             [0, 1, 1, 2, 2, 3, -1, -1, -1, -1]])
+    mask = segment_mask(segments, torch.float32)
+    assert mask.shape == (2, 1, 10, 10)
+    for row in range(2):
+        for query in range(10):
+            for key in range(10):
+                q, k = int(segments[row, query]), int(segments[row, key])
+                same_example = q // SEGMENTS == k // SEGMENTS
+                seen = key <= query and same_example and (q == k or (k >= 0 and k % SEGMENTS == 0))
+                assert mask[row, 0, query, key] == (0 if seen else torch.finfo(torch.float32).min)
+
+
+def examples_of(rollouts, tokenizer):
+    by_goal = {}
+    for r in rollouts:
+        by_goal.setdefault(r["goal"], []).append(r)
+    return [ground.make_example(task, tokenizer, rows) for rows in list(by_goal.values())[:4] for task in TASKS]
+
+
+def padded(batch, more):
+    fill = {"modality": PAD, "segments": -1}
+    return {k: torch.cat([v, v.new_full((len(v), more, *v.shape[2:]), fill.get(k, 0))], 1) for k, v in batch.items()}
+
+
+def test_losses_do_not_depend_on_how_examples_are_packed(rollouts, losses_of):
+    model, tokenizer = new_model(rollouts)
+    examples = examples_of(rollouts, tokenizer)
+    separate = ground.pack(examples, row_length=1)
+    assert len(separate["segments"]) == len(examples) and len(ground.pack(examples, row_length=9999)["segments"]) == 1
+    expected = losses_of(model, separate)
+    permuted = [examples[i] for i in np.random.default_rng(0).permutation(len(examples))]
+    for batch in (ground.pack(examples), ground.pack(examples, row_length=900), ground.pack(permuted, row_length=400),
+                  padded(ground.pack(permuted), 13)):
+        assert losses_of(model, batch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_rollout_in_a_row_with_others_is_predicted_as_if_alone(rollouts):
+    model, tokenizer = new_model(rollouts)
+    same_goal = [dict(r, goal=rollouts[0]["goal"]) for r in rollouts[:3]]
+    batch = ground.pack([ground.make_example("generation", tokenizer, same_goal),
+                         ground.make_example("dynamics", tokenizer, rollouts[5:9])], row_length=9999)
+    together, ours = outputs(model, batch), batch["task"] == TASKS.index("generation")
+    for number, record in enumerate(same_goal, 1):
+        single = ground.pack([ground.make_example("generation", tokenizer, [record])])
+        for many, alone in zip(together, outputs(model, single)):
+            torch.testing.assert_close(many[ours & (batch["segments"] % SEGMENTS == number)], alone[single["segments"] == 1],
+                                       rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY_LLMS)
+def test_any_causal_lm_learns_saves_and_loads(name, tmp_path):
+    model, batch = tiny_model(name), hand_batch()
+    model(**batch).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert missing == []
+    model.save_pretrained(tmp_path)
+    for other in (KalmForRollouts.from_pretrained(tmp_path), transformers.AutoModel.from_pretrained(tmp_path)):
+        assert isinstance(other, KalmForRollouts)
+        for a, b in zip(outputs(model, batch), outputs(other.eval(), batch)):
+            assert torch.equal(a, b)
+
+
+def test_lora_adapters_save_and_load_and_are_all_that_trains_in_the_backbone(tmp_path):
+    model, batch = tiny_model("llama", lora_rank=2), hand_batch()
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.1)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone.")]
+    assert trained and all(".lora_" in n for n in trained) and set(trained) <= set(model.new_parameters())
+    model.save_pretrained(tmp_path)
+    for a, b in zip(outputs(model, batch), outputs(KalmForRollouts.from_pretrained(tmp_path).eval(), batch)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lora_rank", (0, 2))
+def test_before_training_the_text_side_is_the_language_model_itself(lora_rank):
+    language_model, _ = llm.tiny(3)
+    model = KalmForRollouts.from_llm(language_model, lora_rank=lora_rank).eval()
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(ids, torch.full_like(ids, TEXT), torch.zeros(2, 9, 10), text_logits=True).logits
+        torch.testing.assert_close(logits, language_model.eval()(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", (1.0, 0.25))
+def test_new_embeddings_start_at_the_asked_scale_of_the_token_embeddings(scale):
+    language_model, _ = llm.tiny(0)
+    model = KalmForRollouts.from_llm(language_model, embedding_scale=scale, seed=4)
+    with torch.no_grad():
+        wanted = scale * language_model.get_input_embeddings().weight.square().mean().sqrt().item()
+        states = model.state_embedding(torch.randn(2000, 10)).square().mean().sqrt().item()
+        assert [model.action_embedding.weight.square().mean().sqrt().item(), states] == pytest.approx([wanted] * 2, rel=0.1)
+
+
+def test_each_position_enters_as_its_token_its_action_or_its_normalised_state():
+    model, batch = tiny_model("llama", observation_mean=[0.4] * 10, observation_std=[3.0] * 10), hand_batch()
+    ids, modality, states = (batch[k][0] for k in ("input_ids", "modality", "states"))
+    tables = {TEXT: model.get_input_embeddings().weight, ACTION: model.action_embedding.weight}
+    with torch.no_grad():
+        embedded = model.embed(batch["input_ids"], batch["modality"], batch["states"])[0]
+        for i in range(14):  # then comes padding
+            kind = int(modality[i])
+            expected = model.state_embedding((states[i] - 0.4) / 3) if kind == STATE else tables[kind][ids[i]]
+            torch.testing.assert_close(embedded[i], expected)
