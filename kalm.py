@@ -530,16 +530,16 @@ RUN_STAGE = dict(zip(STAGES, (collect, ground_llm, imagine, learn, evaluate, rep
 def print_plan(options, todo):
     """Sizes and a rough time before a long run; the rates are those of two CPU cores and SmolLM2."""
     layers = (options.keep_layers or 30) / 8 if options.llm != "tiny" else 0.02
-    minutes = {
-        "collect": options.train_goals * options.rollouts_per_goal * 1.7e-3,
-        "ground": options.ground_steps * options.batch_examples / 32 * 0.85 * layers,
-        "imagine": 3 * options.novel_goals * options.rollouts_per_novel_goal * options.max_steps * 0.005 * layers,
-        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.1,
-        "evaluate": options.episodes * options.seeds * 0.13 + options.episodes * 0.7 * layers, "report": 10}
+    seconds = {
+        "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,
+        "ground": options.ground_steps * options.batch_examples / 32 * 0.9 * layers,
+        "imagine": 3 * options.novel_goals * options.rollouts_per_novel_goal * options.max_steps * 0.0012 * layers,
+        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.084,
+        "evaluate": options.episodes * (options.seeds * 0.22 + 0.15 * layers), "report": 10}
     print(f"KALM, scale {options.scale}, {options.llm} -> {options.run}")
     for stage in options.stages:
         sizes = ", ".join(f"{o.name} {getattr(options, o.name)}" for o in OPTIONS if o.stage == stage and getattr(options, o.name) != "")
-        estimate = "done before" if stage not in todo else "" if torch.cuda.is_available() else f"~{max(1, round(minutes[stage] / 60))} min"
+        estimate = "done before" if stage not in todo else "" if torch.cuda.is_available() else f"~{max(1, round(seconds[stage] / 60))} min"
         print(f"  {stage:9}{estimate:12}{sizes}")
 
 
