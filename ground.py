@@ -163,7 +163,9 @@ class GroundingTrainer(transformers.Trainer):
 
     def log(self, logs, *args, **kwargs):
         if self.parts and "loss" in logs:
-            logs = {**logs, **{name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}}
+            for name, values in self.parts.items():  # 0 stands for a batch without the task or modality
+                values = torch.stack(values)
+                logs = {**logs, name: round((values.sum() / (values != 0).sum().clamp(min=1)).item(), 4)}
             self.parts.clear()
         super().log(logs, *args, **kwargs)
 

@@ -413,8 +413,9 @@ def success_figure(results):
         x = np.arange(len(levels)) + (i - 3) * 0.12
         axes.bar(x, [row[level]["mean"] for level in levels], 0.11, yerr=[row[level]["std"] for level in levels], label=method,
                  color=plt.cm.tab20([0, 1, 2, 4, 5, 6, 14][i]), capsize=2)
-    axes.scatter(range(len(levels)), [PUBLISHED[level] for level in levels], marker="_", s=2200, color="gray",
-                 label="paper's best (other data and model)")
+    for x, level in enumerate(levels):
+        axes.hlines(PUBLISHED[level], x - 0.45, x + 0.45, color="gray", linestyle="dotted",
+                    label="paper's best (other data, model and sentences)" if x == 0 else None)
     axes.set_xticks(range(len(levels)), levels)
     axes.set_ylim(0, 1)
     axes.set_ylabel("success rate")
@@ -448,7 +449,7 @@ def gallery(options, per_level=2):
     """For each level, imagined rollouts that met their goal and that did not, beside their execution in the physics."""
     cells = []
     for level, (records, _) in imagined_rollouts(options).items():
-        met, missed = ([r for r in records if r["success"] == good and len(r["actions"]) < 12] for good in (True, False))
+        met, missed = (sorted((r for r in records if r["success"] == good), key=lambda r: len(r["actions"]) > 12) for good in (True, False))
         for record in met[:per_level] + missed[:1]:
             start = env.state_from_observation(record["observations"][:1])
             played, = env.run_episodes(rollout.replay([record["actions"]]), [env.goal_of(record)], start, len(record["actions"]))

@@ -84,10 +84,6 @@ class KalmForRollouts(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
-        if config.lora_rank:
-            from peft import LoraConfig, inject_adapter_in_model
-            inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
-                                               task_type="CAUSAL_LM"), self.backbone)
         hidden, width = config.backbone_config.get_text_config().hidden_size, config.head_width
         self.state_embedding = nn.Sequential(nn.Linear(config.observation_dim, width), nn.GELU(), nn.Linear(width, hidden))
         self.action_embedding = nn.Embedding(config.num_actions, hidden)
@@ -96,6 +92,10 @@ class KalmForRollouts(PreTrainedModel):
         for name in ("observation_mean", "observation_std", "change_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32))
         self.post_init()
+        if config.lora_rank:  # after post_init, which would start the adapters anew: they begin as no change at all
+            from peft import LoraConfig, inject_adapter_in_model
+            inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
+                                               task_type="CAUSAL_LM"), self.backbone)
 
     def _init_weights(self, module):
         """New layers only: torch's own start, and embeddings that start at `embedding_rms`."""

@@ -219,4 +219,6 @@ def check_record(record):
             raise ValueError(f"{field} has NaN or infinite values")
     if record["actions"].min() < 0 or record["actions"].max() >= env.NUM_ACTIONS:
         raise ValueError(f"actions must be in 0..{env.NUM_ACTIONS - 1}, got {record['actions'].min()}..{record['actions'].max()}")
+    if not isinstance(record["success"], bool):
+        raise ValueError(f"success must be true or false, got {record['success']!r}")
     env.goal_of(record)
