@@ -89,12 +89,15 @@ def test_users_goals_may_leave_out_levels(smoke_run, tmp_path):
     assert_complete(results_of(run), ("offline", "easy"))
 
 
-def test_two_processes_give_complete_results(tmp_path):
+def test_two_processes_share_the_work_and_give_complete_results(smoke_run, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = run_kalm(*SMOKE, tmp_path / "run", "--stage", "all", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert_complete(results_of(tmp_path / "run"))
     assert (tmp_path / "run" / "report.html").is_file() and not list(tmp_path.rglob("*.partial"))
+    for level in NOVEL_LEVELS:  # each goal and start is imagined once, in the order of a single process
+        both, one = (kalm.rollout.read_rollouts(run / "rollouts" / level) for run in (tmp_path / "run", smoke_run))
+        assert [(r["goal"], *r["observations"][0]) for r in both] == [(r["goal"], *r["observations"][0]) for r in one]
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
