@@ -211,7 +211,7 @@ def read_goals(path):
     """Goals of a file with one JSON object a line. Raises ValueError that names file and line."""
     goals = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would cut JSON strings at U+2028
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     for number, line in enumerate(lines, 1):

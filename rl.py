@@ -233,7 +233,8 @@ def relabel(records, goals, count, rng, pool=6000):
     """The control without a language model: real rollouts, cut and renamed for novel goals that they happen to fulfil.
 
     records: real rollouts; goals: novel ones; count: how many to make, spread evenly over the goals that any rollout
-    fulfils (fewer than count if none does). The judge is the one that filters imaginary rollouts.
+    fulfils (fewer than count if none does). Step goals are judged by the action,
+    as in the environment.
     """
     chosen = [records[i] for i in rng.permutation(len(records))[:pool]]
     lengths = np.array([len(r["actions"]) for r in chosen])
