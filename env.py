@@ -9,8 +9,10 @@ An observation is (10,): x, y of the red, blue, green, purple and cyan ball, in 
 An action is an integer in 0..39: ball * 8 + push direction.
 """
 import functools
+import itertools
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -266,6 +268,28 @@ def canonical_text(goal):
     return f"The {COLORS[a]} ball is {goal_patterns()['phrases']['of'][DIRECTIONS[d]]} the {COLORS[b]} ball."
 
 
+@functools.cache
+def _canonical_relations():
+    pairs = itertools.permutations(range(len(COLORS)), 2)
+    relations = [(a, b, d) for a, b in pairs for d in range(len(DIRECTIONS))]
+    return {canonical_text(Goal("any", relations=(r,))): r for r in relations}
+
+
+def read_relation(text):
+    """The relation (ball, other, direction) that a sentence of `canonical_text` states, or None for any other text."""
+    return _canonical_relations().get(text.strip())
+
+
+def contradicts(text, explanation):
+    """Whether an explanation (B,) names balls that do not fit a goal's text: it needs no judge.
+
+    Both balls of an explanation must be among those that the text names; if it names one, that one must be explained.
+    """
+    named = {c for c in COLORS if re.search(rf"\b{c}\b", text.lower())}
+    explained = {c for c in COLORS if re.search(rf"\b{c}\b", explanation.lower())}
+    return not (explained <= named if len(named) > 1 else named <= explained)
+
+
 def goal_array(goals):
     """Goals as integers, (B, 10): kind, then up to three (ball, other, direction), padded with -1."""
     if isinstance(goals, Goal):
@@ -412,6 +436,18 @@ def unfulfilled_states(rng, goals):
         if not fulfilled.any():
             return states
         states[fulfilled] = initial_states(rng, fulfilled.sum())
+
+
+def unfulfilled_observations(rng, goals, observations):
+    """One of `observations` (N, 10) for each goal that does not fulfil it yet: (len(goals), 10). Gives up after 100 draws."""
+    array = goal_array(goals)
+    chosen = observations[rng.integers(len(observations), size=len(array))]
+    for _ in range(100):
+        fulfilled = (array[:, 0] != KINDS.index("step")) & success(array, chosen, chosen, np.zeros(len(chosen), int))
+        if not fulfilled.any():
+            break
+        chosen[fulfilled] = observations[rng.integers(len(observations), size=fulfilled.sum())]
+    return chosen
 
 
 def run_episodes(act, goals, states, max_steps=MAX_STEPS, description=None):

@@ -9,7 +9,9 @@ This file knows nothing of policies, and of CLEVR-Robot only how a goal is worde
 """
 import collections
 import json
+import time
 
+import accelerate
 import numpy as np
 import torch
 import transformers
@@ -24,6 +26,7 @@ PROMPTS = {
     "generation": "Goal: {goal}\nRollout:",
     "consequence": "Goal: {goal}\nFinal state:",
 }
+UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"  # never trained on, to ask for explanations with
 ROLLOUTS_PER_EXAMPLE = {"dynamics": 2, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
 
 
@@ -35,11 +38,12 @@ def prompt_ids(tokenizer, task, goal=None):
 # ------------------------------------------------------------------------------------------------------------------
 # Examples: one prompt and the segments that share it, as flat arrays of positions
 
-def _text(ids, predict=False):
+def text_positions(ids, predict=False):
+    """Token ids as positions: (modality, token or action, state or None, whether it is to be predicted)."""
     return [(TEXT, i, None, predict) for i in ids]
 
 
-def _rollout(observations, actions, predict=False):
+def rollout_positions(observations, actions=(), predict=False):
     """s0, a0, s1, ... as positions; with `predict`, everything after s0 is to be predicted."""
     positions = [(STATE, 0, observations[0], False)]
     for state, action, next_state in zip(observations[:-1], actions, observations[1:]):
@@ -53,7 +57,7 @@ def make_example(task, tokenizer, rollouts):
     rollouts: records (`env.rollout_record`). Returns input_ids, modality, segments, position_ids, predict, task (L,) and
     states (L, 10), all as `KalmForRollouts.forward` takes them.
     """
-    prompt = _text(prompt_ids(tokenizer, task, rollouts[0]["goal"]))
+    prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"]))
     segments = []
     for row in rollouts:
         obs, actions = row["observations"], row["actions"]
@@ -62,9 +66,9 @@ def make_example(task, tokenizer, rollouts):
                          for s, a, n in zip(obs[:-1], actions, obs[1:])]
         elif task == "explanation":
             answer = tokenizer(" " + env.canonical_text(env.goal_of(row)), add_special_tokens=False)["input_ids"]
-            segments.append(_rollout(obs, actions) + _text([*answer, tokenizer.eos_token_id], predict=True))
+            segments.append(rollout_positions(obs, actions) + text_positions([*answer, tokenizer.eos_token_id], predict=True))
         elif task == "generation":
-            segments.append(_rollout(obs, actions, predict=True))
+            segments.append(rollout_positions(obs, actions, predict=True))
         else:
             segments.append([(STATE, 0, obs[0], False), (STATE, 0, obs[-1], True)])
     positions = prompt + [p for segment in segments for p in segment]
@@ -170,8 +174,19 @@ class GroundingTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
+class SaveByTime(transformers.TrainerCallback):
+    """A checkpoint every few minutes, however long a step takes."""
+
+    def __init__(self, minutes=5):
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.last > self.seconds:
+            control.should_save, self.last = True, time.monotonic()
+
+
 def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
-          freeze_embeddings=True, bf16=False, seed=0, report_to="none"):
+          freeze_embeddings=True, bf16=False, tasks=TASKS, seed=0, report_to="none"):
     """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
 
     Works alone and under `accelerate launch` or torchrun; checkpoints go to output_dir.
@@ -181,10 +196,11 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
     arguments = transformers.TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_examples, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
-        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", report_to=report_to, seed=seed, data_seed=seed,
+        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", save_total_limit=1, report_to=report_to, seed=seed, data_seed=seed,
         remove_unused_columns=False, dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
-    trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer),
-                               data_collator=pack, new_learning_rate=new_learning_rate)
+    trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks),
+                               data_collator=pack, new_learning_rate=new_learning_rate,
+                               callbacks=[SaveByTime()] if accelerate.PartialState().num_processes == 1 else [])
     trainer.train()
     return trainer.state.log_history
 
@@ -194,48 +210,24 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
 
 @torch.no_grad()
 def evaluate(model, tokenizer, rollouts, batch_examples=32):
-    """How well the grounded model knows held-out rollouts, every figure teacher-forced.
+    """How well the grounded model predicts held-out rollouts, teacher-forced.
 
-    Returns action_accuracy; state_error and state_error_nothing_moves (root mean square, metres); {source, target,
-    direction}_accuracy of explanations, all of a word's tokens right; and explanation_accuracy, all three right.
+    Returns action_accuracy; state_error and state_error_nothing_moves (root mean square of a coordinate, metres).
     """
     model.eval()
-    examples = GroundingExamples(rollouts, tokenizer, tasks=("generation", "explanation"))
-    right, squares, words = [], [], []
+    examples = GroundingExamples(rollouts, tokenizer, tasks=("generation",))
+    right, squares = [], []
     for start in trange(0, len(examples), batch_examples, desc="evaluate grounding", leave=False):
         part = [examples[i] for i in range(start, min(start + batch_examples, len(examples)))]
-        generation = [e for e in part if e["task"][0] == TASKS.index("generation")]
-        explanation = [e for e in part if e["task"][0] == TASKS.index("explanation")]
-        if generation:
-            batch = {k: v.to(model.device) for k, v in pack(generation).items()}
-            out = model(**batch)
-            ahead, nexts = batch["predict"][:, 1:], batch["modality"][:, 1:]
-            action, state = ahead & (nexts == ACTION), ahead & (nexts == STATE)
-            right.append((out.action_logits[:, :-1].argmax(-1) == batch["input_ids"][:, 1:])[action].cpu())
-            target, last = batch["states"][:, 1:][state], batch["states"][:, :-1][state]
-            squares.append(torch.stack([(out.state_pred[:, :-1][state] - target) ** 2, (last - target) ** 2]).cpu())
-        if explanation:
-            batch = {k: v.to(model.device) for k, v in pack(explanation).items()}
-            predicted = model(**batch, text_logits=True).logits.argmax(-1).cpu()
-            words += [_words_right(predicted, batch, tokenizer, r, s) for r in range(len(batch["segments"]))
-                      for s in batch["segments"][r].unique().tolist() if s >= 0 and s % SEGMENTS]
-    squares = torch.cat(squares, 1).mean((1, 2)).sqrt().tolist()
-    source, target, direction = np.array(words).mean(0).tolist()
-    return {"action_accuracy": torch.cat(right).float().mean().item(), "state_error": squares[0],
-            "state_error_nothing_moves": squares[1], "source_accuracy": source, "target_accuracy": target,
-            "direction_accuracy": direction, "explanation_accuracy": float(np.array(words).all(1).mean())}
-
-
-def _words_right(predicted, batch, tokenizer, row, segment):
-    """Whether source, target and direction of one explanation, teacher-forced, are predicted in all their tokens."""
-    at = ((batch["segments"][row] == segment) & batch["predict"][row]).nonzero()[:, 0].cpu()
-    truth, guess = batch["input_ids"][row].cpu()[at], predicted[row, at - 1]
-    pieces = [tokenizer.decode([t]).strip().lower() for t in truth.tolist()]
-    balls = [i for i, p in enumerate(pieces) if p == "ball"]
-    good = (truth == guess).tolist()
-    first, second = balls  # "The <source> ball is <direction> the <target> ball."
-    the = max(i for i in range(first, second) if pieces[i] == "the")
-    return [all(good[1:first]), all(good[the + 1:second]), all(good[first + 2:the])]
+        batch = {k: v.to(model.device) for k, v in pack(part).items()}
+        out = model(**batch)
+        ahead, nexts = batch["predict"][:, 1:], batch["modality"][:, 1:]
+        action, state = ahead & (nexts == ACTION), ahead & (nexts == STATE)
+        right.append((out.action_logits[:, :-1].argmax(-1) == batch["input_ids"][:, 1:])[action].cpu())
+        target, last = batch["states"][:, 1:][state], batch["states"][:, :-1][state]
+        squares.append(torch.stack([(out.state_pred[:, :-1][state] - target) ** 2, (last - target) ** 2]).cpu())
+    error, still = torch.cat(squares, 1).mean((1, 2)).sqrt().tolist()
+    return {"action_accuracy": torch.cat(right).float().mean().item(), "state_error": error, "state_error_nothing_moves": still}
 
 
 def write_json(path, value):

@@ -37,13 +37,15 @@ import ground  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import llm as llm_source  # noqa: E402
-from model import KalmForRollouts  # noqa: E402
+from model import TASKS, KalmForRollouts  # noqa: E402
 
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
-READS = {"collect": (), "ground": ("collect",), "imagine": ("ground",), "learn": ("collect", "imagine"),
+READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
 METHODS = ("bc", "bc+relabel", "bc+kalm", "cql", "cql+relabel", "cql+kalm")
 SCALES = ("smoke", "cpu", "gpu", "paper")
+
+RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
 
 # ------------------------------------------------------------------------------------------------------------------
 # Options
@@ -68,6 +70,9 @@ OPTIONS = (
            "smollm2, tiny, a folder or a Hub name of a causal LM"),
     Option("keep_layers", "ground", (0, 8, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
     Option("lora_rank", "ground", (0,), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
+    Option("adapter", "ground", ("", "released", "", ""), "trained adapter to ground with instead of training: released (data/adapter), a "
+           "folder, or '' to train, as is done if --stage names ground or another option of it is given"),
+    Option("tasks", "ground", (",".join(TASKS),), "grounding tasks, with commas between"),
     Option("ground_steps", "ground", (8, 1500, 6000, 40000), "gradient steps of grounding"),
     Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
     Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
@@ -77,11 +82,16 @@ OPTIONS = (
     Option("goals", "imagine", ("",), "file of novel goals, one JSON object a line, instead of the built-in ones"),
     Option("split", "imagine", ("test",), "built-in novel goals: validation (to choose options) or test (to report)"),
     Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
-    Option("rollouts_per_novel_goal", "imagine", (2, 6, 20, 50), "imagined rollouts for each of them"),
+    Option("rollouts_per_novel_goal", "imagine", (2, 12, 20, 50), "imagined rollouts for each of them, in each round"),
     Option("easy_factor", "imagine", (1, 4, 4, 10), "times as many for easy goals, which take one action"),
-    Option("temperature", "imagine", (1.0,), "of sampled actions; 0 takes the likeliest"),
+    Option("temperatures", "imagine", ("1,1.3", "1,1.3", "1,1.3", "1"),
+           "of sampled actions, one for each round; later rounds are for goals with few matches"),
+    Option("visited_share", "imagine", (0.5,), "of imagined rollouts that start where the data has been, not in a new state"),
     Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
-    Option("keep", "learn", ("all", "matched", "matched", "matched"), "imagined rollouts to learn from: matched (goal met) or all"),
+    Option("keep", "learn", ("all", "matched", "matched", "matched"),
+           "imagined rollouts: matched (goal met), explained (own words fit the goal), both, all"),
+    Option("dynamics_tolerance", "learn", (0.0,), "drop imagined transitions that the dynamics prediction contradicts by more (m); 0: none"),
+    Option("balance_goals", "learn", (1,), "1: draw imaginary batches goal by goal; 0: transition by transition"),
     Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
     Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM that encode goals; 0: all"),
     Option("rl_steps", "learn", (60, 8000, 30000, 500000), "gradient steps of offline RL"),
@@ -118,6 +128,10 @@ def parse_options(arguments):
     unknown = [s for s in options.stage if s not in (*STAGES, "all")]
     if unknown:
         raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, or all")
+    given = {o.name for o in OPTIONS if hasattr(options, o.name)}
+    if "adapter" not in given and ("ground" in options.stage or any(o.stage == "ground" and o.name in given for o in OPTIONS)):
+        options.adapter = ""
+    options.adapter_given = "adapter" in given
     for option in OPTIONS:
         if not hasattr(options, option.name):
             setattr(options, option.name, option.default(options.scale))
@@ -126,13 +140,19 @@ def parse_options(arguments):
             raise ValueError(f"--{option.name} must be at least {least}, got {value}")
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"--{option.name} must be a number from 0 on, got {value}")
-    for name, allowed in (("split", ("validation", "test")), ("keep", ("matched", "all"))):
+    for name, allowed in (("split", ("validation", "test")), ("keep", ("matched", "explained", "both", "all"))):
         if getattr(options, name) not in allowed:
             raise ValueError(f"--{name} is {' or '.join(allowed)}, got {getattr(options, name)!r}")
     if options.imaginary_share >= 1:
         raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    try:
+        temperatures = [float(t) for t in options.temperatures.split(",")]
+    except ValueError:
+        temperatures = [-1]
+    if not all(0 <= t < float("inf") for t in temperatures):
+        raise ValueError(f"--temperatures takes numbers from 0 on with commas between, got {options.temperatures!r}")
     options.stages = [s for s in STAGES if "all" in options.stage or s in options.stage]
     options.run = Path(options.output_dir)
     return options
@@ -149,6 +169,8 @@ def check_run_folder(options):
     if run.is_dir() and any(run.iterdir()) and not (run / "manifest.json").is_file():
         raise ValueError(f"--output_dir {run} has files but no manifest.json, so it is not a KALM run; give a new folder")
     done = read_manifest(run)["stages"]
+    if "ground" in done and not options.adapter_given and "ground" not in options.stage:
+        options.adapter = done["ground"]["options"].get("adapter", "")  # what this run trained, it keeps
     for stage in options.stages:
         for needed in READS[stage]:
             if needed not in options.stages and needed not in done:
@@ -235,26 +257,45 @@ def split_real(options):
 
 
 def ground_llm(options, state):
-    """The LLM, fine-tuned on the real rollouts -> grounded/, a from_pretrained folder with metrics.json."""
+    """The LLM, fine-tuned on the real rollouts or with --adapter added -> grounded/, a from_pretrained folder with metrics.json."""
     records, held_out = split_real(options)
     llm, tokenizer = llm_source.load(options.llm_path, options.keep_layers, options.seed)
-    model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
-                                     seed=options.seed, **ground.observation_statistics(records))
-    log = ground.train(
-        model, tokenizer, records, options.run / "logs", steps=options.ground_steps, batch_examples=options.batch_examples,
-        learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
-        seed=options.seed, report_to=options.report_to)
-    if state.is_main_process:
-        aside, folder = options.run / "grounded.partial", options.run / "grounded"
-        shutil.rmtree(aside, ignore_errors=True)
+    if options.adapter:
+        adapter = RELEASED if options.adapter == "released" else Path(options.adapter)
+        model = KalmForRollouts.from_adapter(llm, adapter)
+        metrics = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
+        if state.is_main_process:
+            print(f"  with the adapter in {adapter}; `--stage ground` trains one instead")
+    else:
+        model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
+                                         seed=options.seed, **ground.observation_statistics(records))
+        log = ground.train(
+            model, tokenizer, records, options.run / "checkpoints", steps=options.ground_steps, batch_examples=options.batch_examples,
+            learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
+            tasks=options.tasks.split(","), seed=options.seed, report_to=options.report_to)
+        metrics = {"log": [entry for entry in log if "loss" in entry]}
+    if not state.is_main_process:
+        return
+    if not options.adapter:
         model.to(state.device)
-        metrics = ground.evaluate(model, tokenizer, held_out)
-        print("  held-out rollouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        ground.write_json(aside / "metrics.json", {**metrics, "log": [entry for entry in log if "loss" in entry]})
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
+            metrics.update(ground.evaluate(model, tokenizer, held_out))
+            for name, prompt in (("explanation", ground.PROMPTS["explanation"]), ("unseen_prompt", ground.UNSEEN_PROMPT)):
+                figures = rollout.explanation_accuracy(held_out, rollout.explain(model, tokenizer, held_out, prompt))
+                metrics.update({f"{name}_{k}": v for k, v in figures.items()})
+    print("  held-out rollouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k != "log"))
+    aside, folder = options.run / "grounded.partial", options.run / "grounded"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if options.lora_rank and not options.adapter:
+        (aside / "adapter").mkdir()
+        model.save_adapter(aside / "adapter")
+        ground.write_json(aside / "adapter" / "metrics.json", metrics)
+    ground.write_json(aside / "metrics.json", metrics)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    shutil.rmtree(options.run / "checkpoints", ignore_errors=True)
 
 
 def load_grounded(options, state):
@@ -267,23 +308,15 @@ def load_grounded(options, state):
 def imagine(options, state):
     """Imagined rollouts for the novel goals, each level judged -> rollouts/<level>, quality.json."""
     model, tokenizer = load_grounded(options, state)
-    figures, made = {}, {}
+    visited = np.concatenate([r["observations"][:-1] for r in split_real(options)[0]])
     goals = novel_goals(options)
     goals["offline"] = env.sample_goals("offline", "train", options.novel_goals, np.random.default_rng([options.seed, 2]))
+    figures, made = {}, {}
     for number, (level, level_goals) in enumerate(goals.items()):
-        rng = np.random.default_rng([options.seed, 3, number])
-        repeats = {"offline": 1, "easy": options.rollouts_per_novel_goal * options.easy_factor}.get(level, options.rollouts_per_novel_goal)
-        wanted = [g for g in level_goals for _ in range(repeats)]
-        starts = env.observe(env.unfulfilled_states(rng, wanted))
-        mine = range(state.process_index, len(wanted), state.num_processes)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
-            records = rollout.generate_all(
-                model, tokenizer, [wanted[i] for i in mine], starts[list(mine)], temperature=options.temperature,
-                max_steps=options.max_steps, seed=options.seed + 7919 * (number + 1) + state.process_index,
-                description=f"imagine {level}")
-        records = [r for _, r in sorted(gather_object(list(zip(mine, records))), key=lambda pair: pair[0])]
+            rounds = imagine_level(options, state, model, tokenizer, level, level_goals, visited, [options.seed, 3, number])
         if state.is_main_process:
-            figures[level], made[level] = rollout.quality(records), records
+            figures[level], made[level] = rollout.quality(rounds[0]), sum(rounds, [])
             print(f"  {level:9}" + "  ".join(f"{k} {v:.3f}" for k, v in figures[level].items() if k != "rollouts"))
     if state.is_main_process:
         for level in env.NOVEL_LEVELS:
@@ -293,13 +326,44 @@ def imagine(options, state):
         ground.write_json(options.run / "quality.json", figures)
 
 
+def imagine_level(options, state, model, tokenizer, level, goals, visited, seed):
+    """Rounds of imagining, one a temperature: the first for all goals alike, each later one twice as often for the half
+
+    of them that has the fewest matches. Goals of level offline, for comparison, get one rollout each. Returns records by round.
+    """
+    rng, rounds, matches = np.random.default_rng(seed), [], np.zeros(len(goals), int)
+    repeats = {"offline": 1, "easy": options.rollouts_per_novel_goal * options.easy_factor}.get(level, options.rollouts_per_novel_goal)
+    for temperature in map(float, options.temperatures.split(",")[:1 if level == "offline" else None]):
+        rows = np.repeat(np.arange(len(goals)), repeats)
+        if rounds:
+            rows = np.repeat(np.argsort(matches, kind="stable")[:-(-len(goals) // 2)], 2 * repeats)
+        wanted = [goals[row] for row in rows]
+        starts = env.observe(env.unfulfilled_states(rng, wanted))
+        if level != "offline":
+            elsewhere = rng.random(len(wanted)) < options.visited_share
+            found = env.unfulfilled_observations(rng, wanted, visited)
+            starts[elsewhere] = found[elsewhere]
+        mine = np.arange(state.process_index, len(wanted), state.num_processes)
+        part = rollout.generate_all(
+            model, tokenizer, [wanted[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
+            seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
+        for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
+            record.update(explanation=text, dynamics_error=error)
+        part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
+        matches += np.bincount(rows, [r["success"] for r in part], len(goals)).astype(int)
+        rounds.append(part)
+    return rounds
+
+
 def imagined_rollouts(options):
     """{level: (all imagined rollouts, those that --keep keeps)} of a run."""
+    tests = {"matched": lambda r: r["success"], "explained": lambda r: not env.contradicts(r["goal"], r["explanation"]),
+             "both": lambda r: r["success"] and not env.contradicts(r["goal"], r["explanation"]), "all": lambda r: True}
     found = {}
     for level in env.NOVEL_LEVELS:
         if (options.run / "rollouts" / level).is_dir():
             records = rollout.read_rollouts(options.run / "rollouts" / level)
-            found[level] = records, [r for r in records if r["success"] or options.keep == "all"]
+            found[level] = records, [r for r in records if tests[options.keep](r)]
     return found
 
 
@@ -327,7 +391,8 @@ def learn(options, state):
     seeds, curves = list(range(options.seeds)), []
     for method in METHODS[state.process_index::state.num_processes]:
         algorithm, _, source = method.partition("+")
-        extra = [rl.Buffer(rows, table, state.device) for rows in sources[source].values() if rows]
+        extra = [rl.Buffer(rows, table, state.device, balanced=bool(options.balance_goals), dynamics_tolerance=options.dynamics_tolerance)
+                 for rows in sources[source].values() if rows]
         network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, method)
         rl.save_policy(aside / f"{method}.safetensors", network, seeds, method, config)
         curves.append((method, curve))

@@ -5,10 +5,12 @@ and its own output head; the head at a position predicts what comes next (paper,
 This file knows dimensions but nothing of CLEVR-Robot, goals or files of rollouts.
 """
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -24,6 +26,7 @@ class KalmConfig(PretrainedConfig):
     backbone_config: configuration of the causal LM, as an object or a dict with `model_type`.
     observation_mean, observation_std: (observation_dim,) statistics that normalise states inside the model.
     change_std: (observation_dim,) scale of one-step state changes; the state head predicts changes in these units.
+    frequencies: angular frequencies of the sines and cosines that each normalised number of a state enters as, beside itself.
     embedding_rms: root mean square that state and action embeddings start with.
     lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on all its linear layers (needs peft).
     """
@@ -31,7 +34,7 @@ class KalmConfig(PretrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
 
     def __init__(self, backbone_config=None, observation_dim=10, num_actions=40, observation_mean=None, observation_std=None,
-                 change_std=None, embedding_rms=0.02, head_width=512, lora_rank=0, **kwargs):
+                 change_std=None, frequencies=(1, 2, 4, 8), embedding_rms=0.02, head_width=512, lora_rank=0, **kwargs):
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config
@@ -39,6 +42,7 @@ class KalmConfig(PretrainedConfig):
         self.observation_mean = list(observation_mean or [0.0] * observation_dim)
         self.observation_std = list(observation_std or [1.0] * observation_dim)
         self.change_std = list(change_std or [1.0] * observation_dim)
+        self.frequencies = list(frequencies)
         self.embedding_rms, self.head_width, self.lora_rank = embedding_rms, head_width, lora_rank
         super().__init__(**kwargs)
 
@@ -48,7 +52,7 @@ class KalmOutput(ModelOutput):
     """loss: scalar; {text,action,state}_loss: its parts; task_losses: (4,) in the order of TASKS, 0 where absent.
 
     state_pred: (B, L, observation_dim), the state that follows each position's current one; action_logits:
-    (B, L, num_actions); logits: (B, L, vocabulary) where text logits were asked for.
+    (B, L, num_actions); logits: (B, text_logits, vocabulary) where they were asked for.
     """
     loss: Optional[torch.Tensor] = None
     text_loss: Optional[torch.Tensor] = None
@@ -59,6 +63,15 @@ class KalmOutput(ModelOutput):
     action_logits: Optional[torch.Tensor] = None
     logits: Optional[torch.Tensor] = None
     past_key_values: Optional[Cache] = None
+
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def lora_config(rank):
+    """peft's configuration of the low-rank adapters: on all linear layers but the output."""
+    from peft import LoraConfig
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def segment_mask(segments, dtype):
@@ -85,17 +98,17 @@ class KalmForRollouts(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
         hidden, width = config.backbone_config.get_text_config().hidden_size, config.head_width
-        self.state_embedding = nn.Sequential(nn.Linear(config.observation_dim, width), nn.GELU(), nn.Linear(width, hidden))
+        features = config.observation_dim * (1 + 2 * len(config.frequencies))
+        self.state_embedding = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, hidden))
         self.action_embedding = nn.Embedding(config.num_actions, hidden)
-        self.state_head = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.observation_dim))
+        self.state_head = nn.Sequential(nn.Linear(2 * hidden, width), nn.GELU(), nn.Linear(width, config.observation_dim))
         self.action_head = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.num_actions))
         for name in ("observation_mean", "observation_std", "change_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32))
         self.post_init()
         if config.lora_rank:  # after post_init, which would start the adapters anew: they begin as no change at all
-            from peft import LoraConfig, inject_adapter_in_model
-            inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
-                                               task_type="CAUSAL_LM"), self.backbone)
+            from peft import inject_adapter_in_model
+            inject_adapter_in_model(lora_config(config.lora_rank), self.backbone)
 
     def _init_weights(self, module):
         """New layers only: torch's own start, and embeddings that start at `embedding_rms`."""
@@ -104,7 +117,7 @@ class KalmForRollouts(PreTrainedModel):
         elif module is self.state_embedding[2]:  # its input layer came before, so a sample shows the scale to correct
             module.reset_parameters()
             sample = torch.randn(256, self.config.observation_dim, generator=torch.Generator().manual_seed(0))
-            scale = self.state_embedding(sample.to(module.weight)).square().mean().sqrt()
+            scale = self.state_embedding(self.features(sample.to(module.weight))).square().mean().sqrt()
             module.weight.mul_(self.config.embedding_rms / scale)
             module.bias.mul_(self.config.embedding_rms / scale)
         elif isinstance(module, nn.Linear):
@@ -119,12 +132,45 @@ class KalmForRollouts(PreTrainedModel):
         torch.manual_seed(seed)
         rms = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
         model = cls(KalmConfig(backbone_config=llm.config, embedding_rms=embedding_scale * rms, **config))
+        model._copy_backbone(llm)
+        return model
+
+    @classmethod
+    def from_adapter(cls, llm, folder):
+        """A causal LM with the layers and LoRA that `save_adapter` wrote. Raises ValueError if they do not fit together."""
+        folder = Path(folder)
+        model = cls(KalmConfig.from_pretrained(folder))
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+            theirs, ours = (getattr(c.get_text_config(), name) for c in (model.config.backbone_config, llm.config))
+            if theirs != ours:
+                raise ValueError(f"{folder} was made for a language model with {name} {theirs}, and this one has {ours}")
+        model._copy_backbone(llm)
+        tensors = {**load_file(folder / "new_layers.safetensors"), **{
+            "backbone." + k.removeprefix(_PEFT_PREFIX).replace(".weight", ".default.weight"): v
+            for k, v in load_file(folder / "adapter_model.safetensors").items()}}
+        if set(tensors) != set(model.new_parameters()):
+            odd = sorted(set(tensors) ^ set(model.new_parameters()))[0]
+            raise ValueError(f"{folder}: the tensor {odd} is missing or unknown")
+        model.load_state_dict(tensors, strict=False)
+        return model
+
+    def save_adapter(self, folder):
+        """What grounding added to the LLM, as bfloat16: LoRA as peft stores it, the new layers, the configuration."""
+        folder, parameters = Path(folder), dict(self.named_parameters())
+        new = {name: parameters[name].detach().to("cpu", torch.bfloat16).contiguous() for name in self.new_parameters()}
+        save_file({k: v for k, v in new.items() if not k.startswith("backbone.")}, folder / "new_layers.safetensors")
+        save_file({_PEFT_PREFIX + k.removeprefix("backbone.").replace(".default.", "."): v for k, v in new.items()
+                   if k.startswith("backbone.")}, folder / "adapter_model.safetensors", {"format": "pt"})
+        lora_config(self.config.lora_rank).save_pretrained(folder)
+        self.config.save_pretrained(folder)
+
+    @torch.no_grad()
+    def _copy_backbone(self, llm):
         weights = llm.state_dict()
-        for name, parameter in model.backbone.state_dict().items():
+        for name, parameter in self.backbone.state_dict().items():
             source = weights.get(name.replace(".base_layer", ""))
             if source is not None:
                 parameter.copy_(source)
-        return model
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -133,16 +179,25 @@ class KalmForRollouts(PreTrainedModel):
         """Names of the parameters that grounding adds: everything outside the backbone, and LoRA's adapters."""
         return [name for name, _ in self.named_parameters() if not name.startswith("backbone.") or ".lora_" in name]
 
+    def features(self, normalised):
+        """What the state embedding reads: normalised states (..., observation_dim) with their sines and cosines."""
+        waves = [wave(normalised * w) for w in self.config.frequencies for wave in (torch.sin, torch.cos)]
+        return torch.cat([normalised, *waves], -1)
+
     def embed(self, input_ids, modality, states):
-        """Input embeddings (B, L, D) of an interleaved sequence; arguments as in `forward`."""
+        """Input embeddings (B, L, D) of an interleaved sequence, and what the state head sees of states and actions beside
+
+        the hidden states (B, L, D); arguments as in `forward`.
+        """
         tokens = self.get_input_embeddings()(input_ids.where(modality == TEXT, 0))
         actions = self.action_embedding(input_ids.where(modality == ACTION, 0))
-        seen = self.state_embedding((states - self.observation_mean) / self.observation_std).to(tokens.dtype)
-        modality = modality[..., None]
-        return torch.where(modality == STATE, seen, torch.where(modality == ACTION, actions.to(tokens.dtype), tokens))
+        seen = self.state_embedding(self.features((states - self.observation_mean) / self.observation_std))
+        is_state, is_action = (modality == STATE)[..., None], (modality == ACTION)[..., None]
+        embeddings = torch.where(is_state, seen.to(tokens.dtype), torch.where(is_action, actions.to(tokens.dtype), tokens))
+        return embeddings, seen + actions * is_action
 
     def forward(self, input_ids, modality, states, segments=None, attention_mask=None, position_ids=None, predict=None,
-                task=None, past_key_values=None, use_cache=False, text_logits=False):
+                task=None, past_key_values=None, use_cache=False, text_logits=0):
         """Run an interleaved sequence of text, states and actions.
 
         input_ids: (B, L) int64, the token or action index of each position (0 at states).
@@ -152,19 +207,19 @@ class KalmForRollouts(PreTrainedModel):
         position_ids: (B, L); segments that share a prefix all go on where it ends.
         predict: (B, L) bool, the positions whose content is to be predicted from the position before; gives `loss`.
         task: (B, L) int64 index into TASKS, for the losses by task.
-        text_logits: also return `logits`, which cost as much as several layers.
+        text_logits: the last so many positions also get `logits`, which cost as much as several layers; None: all.
         """
-        embeddings = self.embed(input_ids, modality, states)
+        embeddings, seen = self.embed(input_ids, modality, states)
         if segments is not None:
             attention_mask = segment_mask(segments, embeddings.dtype)
         out = self.backbone.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
                                        past_key_values=past_key_values, use_cache=use_cache)
         hidden = out.last_hidden_state
         result = KalmOutput(past_key_values=out.past_key_values if use_cache else None)
-        if text_logits:
-            result.logits = self.backbone.get_output_embeddings()(hidden)
+        if text_logits != 0:
+            result.logits = self.backbone.get_output_embeddings()(hidden[:, -text_logits:] if text_logits else hidden)
         result.action_logits = self.action_head(hidden)
-        change = self.state_head(hidden)
+        change = self.state_head(torch.cat([hidden, seen.to(hidden.dtype)], -1))
         result.state_pred = states + change.float() * self.change_std
         if predict is not None:
             self._add_losses(result, hidden, change, input_ids, modality, states, predict, task)

@@ -76,9 +76,13 @@ class GoalTable:
 # Buffer
 
 class Buffer:
-    """Transitions as flat tensors on the device: obs, next_obs (N, 10); goal, action (N,) int64; reward, done (N,)."""
+    """Transitions as flat tensors on the device: obs, next_obs (N, 10); goal, action (N,) int64; reward, done (N,).
 
-    def __init__(self, records, goals, device="cpu"):
+    balanced: draw each goal as often as any other, however many transitions it has. dynamics_tolerance: leave out
+    transitions whose `dynamics_error` is larger, in metres; 0 keeps all.
+    """
+
+    def __init__(self, records, goals, device="cpu", balanced=False, dynamics_tolerance=0.0):
         def joined(parts, dtype):
             return torch.as_tensor(np.concatenate(list(parts)), dtype=dtype, device=device)
         lengths = [len(r["actions"]) for r in records]
@@ -90,9 +94,31 @@ class Buffer:
         self.done = torch.zeros(len(self.action), device=device)
         self.done[torch.as_tensor(np.cumsum(lengths) - 1, device=device)] = torch.tensor(
             [float(r["success"]) for r in records], device=device)
+        order = torch.arange(len(self.action), device=device)
+        if dynamics_tolerance:
+            believed = joined((r.get("dynamics_error", np.zeros(len(r["actions"]))) for r in records), torch.float32) <= dynamics_tolerance
+            order = order[believed]
+        self.balanced = balanced
+        if balanced:
+            order = order[self.goal[order].argsort(stable=True)]
+        self._arrange(order)
+        self.counts = self.goal.unique_consecutive(return_counts=True)[1]
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def _arrange(self, order):
+        for name in ("obs", "goal", "action", "reward", "next_obs", "done"):
+            setattr(self, name, getattr(self, name)[order])
 
     def __len__(self):
         return len(self.action)
+
+    def draw(self, shape, generator):
+        """Rows to train on, uniform over transitions, or over goals and then over each one's transitions."""
+        if not self.balanced:
+            return torch.randint(len(self), shape, generator=generator, device=self.action.device)
+        goal = torch.randint(len(self.counts), shape, generator=generator, device=self.action.device)
+        within = torch.rand(shape, generator=generator, device=self.action.device) * self.counts[goal]
+        return self.starts[goal] + within.long().clamp(max=self.counts[goal] - 1)
 
     def take(self, rows):
         """The transitions `rows` (any shape) as a tuple (obs, goal, action, reward, next_obs, done)."""
@@ -104,7 +130,7 @@ def sample_batch(real, imaginary, size, seeds, imaginary_share, generator):
     equal parts; `imaginary` is a list of buffers, empty for real data alone."""
     counts = np.diff(np.linspace(0, round(size * imaginary_share), len(imaginary) + 1).astype(int)) if imaginary else []
     parts = [(real, size - sum(counts)), *zip(imaginary, counts)]
-    drawn = [b.take(torch.randint(len(b), (seeds, n), generator=generator, device=b.action.device)) for b, n in parts if n]
+    drawn = [b.take(b.draw((seeds, n), generator)) for b, n in parts if n]
     return tuple(torch.cat(column, 1) for column in zip(*drawn))
 
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import env
-from ground import prompt_ids
+from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_positions
 from model import ACTION, PAD, STATE, TEXT
 
 TABLE_LOW, TABLE_HIGH = np.array((-0.6, -0.3)), np.array((0.6, 0.7))
@@ -23,29 +23,30 @@ LARGEST_MOVE = 0.43  # metres in one action; random play reaches .42 in 100,000 
 # The sampling loop
 
 
-def prefill(model, tokenizer, goals, observations):
-    """Run prompts and start states through the model, left-padded. Returns its output, the mask (B, L), next positions (B,)."""
-    prompts = [prompt_ids(tokenizer, "generation", goal.text) for goal in goals]
-    longest = max(map(len, prompts)) + 1
-    device = model.device
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    modality = torch.full_like(ids, PAD)
-    for row, prompt in enumerate(prompts):
-        start = longest - 1 - len(prompt)
-        ids[row, start:-1], modality[row, start:-1] = torch.tensor(prompt), TEXT
-    modality[:, -1] = STATE
-    states = torch.zeros(len(prompts), longest, observations.shape[1])
-    states[:, -1] = observations
-    mask = (modality != PAD).long().to(device)
+def prefill(model, sequences, text_logits=0):
+    """Run ragged sequences of positions (see `ground.text_positions`) through the model, left-padded.
+
+    Returns its output, the mask (B, L), and the position that comes next in each row (B,).
+    """
+    shape = len(sequences), max(map(len, sequences))
+    ids, modality = np.zeros(shape, np.int64), np.full(shape, PAD)
+    states = np.zeros((*shape, model.config.observation_dim), np.float32)
+    for row, sequence in enumerate(sequences):
+        for column, (kind, index, state, _) in enumerate(sequence, start=shape[1] - len(sequence)):
+            ids[row, column], modality[row, column] = index, kind
+            if state is not None:
+                states[row, column] = state
+    ids, modality, states = (torch.as_tensor(x, device=model.device) for x in (ids, modality, states))
+    mask = (modality != PAD).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(ids.to(device), modality.to(device), states.to(device), attention_mask=mask, position_ids=positions, use_cache=True)
+    out = model(ids, modality, states, attention_mask=mask, position_ids=positions, use_cache=True, text_logits=text_logits)
     return out, mask, positions[:, -1] + 1
 
 
-def decode_one(model, modality, index, states, mask, positions, cache):
-    """Feed one position a row: an action or a state. index, positions: (B,); states: (B, 10); mask: (B, all positions)."""
+def decode_one(model, modality, index, states, mask, positions, cache, text_logits=0):
+    """Feed one position a row: a token, action or state. index, positions: (B,); states: (B, 10); mask: (B, all positions)."""
     return model(index[:, None], torch.full_like(index, modality)[:, None], states[:, None], attention_mask=mask,
-                 position_ids=positions[:, None], past_key_values=cache, use_cache=True)
+                 position_ids=positions[:, None], past_key_values=cache, use_cache=True, text_logits=text_logits)
 
 
 def sample_actions(logits, temperature, generator):
@@ -71,7 +72,8 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
     obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
     paths, moves = [[o] for o in obs.cpu().numpy()], [[] for _ in goals]
     physics_paths = None if physics is None else [[s.copy()] for s in physics]
-    out, mask, positions = prefill(model, tokenizer, goals, obs)
+    out, mask, positions = prefill(model, [text_positions(prompt_ids(tokenizer, "generation", goal.text)) + rollout_positions([o])
+                                           for goal, (o,) in zip(goals, paths)])
     cache, running = out.past_key_values, np.arange(len(goals))
     one = mask.new_ones(len(goals), 1)
     for step in range(max_steps):
@@ -121,13 +123,77 @@ def generate_all(model, tokenizer, goals, observations, *, batch_size=256, state
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# The model's own view of rollouts: what it says they achieve, and whether it believes their transitions
+
+
+@torch.inference_mode()
+def explain(model, tokenizer, records, prompt=PROMPTS["explanation"], max_tokens=24, batch_size=256):
+    """What the model says that rollouts achieve, greedily decoded: a text for each record."""
+    model.eval()
+    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    order, answers = np.argsort([len(r["actions"]) for r in records], kind="stable"), [[] for _ in records]
+    for start in tqdm(range(0, len(records), batch_size), desc="explain", disable=len(records) <= batch_size, leave=False):
+        running = order[start:start + batch_size]
+        out, mask, positions = prefill(model, [text_positions(asked) + rollout_positions(records[r]["observations"], records[r]["actions"])
+                                               for r in running], text_logits=1)
+        cache = out.past_key_values
+        for _ in range(max_tokens):
+            token = out.logits[:, -1].argmax(-1)
+            going = (token != tokenizer.eos_token_id).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            if len(going) < len(running):
+                cache.batch_select_indices(going)
+            running, token, positions = running[going.cpu().numpy()], token[going], positions[going]
+            for row, t in zip(running, token.tolist()):
+                answers[row].append(t)
+            mask = torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
+            nothing = torch.zeros(len(going), model.config.observation_dim, device=model.device)
+            out = decode_one(model, TEXT, token, nothing, mask, positions, cache, text_logits=1)
+            positions = positions + 1
+    return [tokenizer.decode(a).strip() for a in answers]
+
+
+@torch.inference_mode()
+def dynamics_error(model, tokenizer, records, rollouts_a_row=16):
+    """How far imagined next states are from the model's answer when asked for that transition alone (dynamics prediction).
+
+    Returns an array (T,) for each record, the distance of the ball that differs most, in metres.
+    """
+    model.eval()
+    errors = []
+    for start in tqdm(range(0, len(records), rollouts_a_row), desc="check dynamics", disable=len(records) < 1000, leave=False):
+        part = records[start:start + rollouts_a_row]
+        batch = {k: v.to(model.device) for k, v in pack([make_example("dynamics", tokenizer, part)]).items()}
+        ahead = batch["predict"][:, 1:]
+        gap = (model(**batch).state_pred[:, :-1] - batch["states"][:, 1:])[ahead].float().reshape(-1, len(env.COLORS), 2)
+        errors += np.split(gap.norm(dim=-1).amax(-1).cpu().numpy(), np.cumsum([len(r["actions"]) for r in part])[:-1])
+    return errors
+
+
+def explanation_accuracy(records, explanations):
+    """How often explanations of rollouts of one relation each are right, as rates: source, target and direction as in the
+
+    goal, exact for all three; and holds, the named relation is true of the final state (several can be at once).
+    """
+    said = [env.read_relation(text) for text in explanations]
+    goal = [env.goal_of(r).relations[0] for r in records]
+    parts = np.array([(False,) * 3 if s is None else [x == y for x, y in zip(s, g)] for s, g in zip(said, goal)])
+    final = [r["observations"][-1].reshape(5, 2) for r in records]
+    holds = [s is not None and bool(env.holds(xy[s[0]] - xy[s[1]], s[2])) for s, xy in zip(said, final)]
+    return {**dict(zip(("source", "target", "direction"), parts.mean(0).tolist())), "exact": float(parts.all(1).mean()),
+            "holds": float(np.mean(holds))}
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Judging what was imagined (paper, section 5.3)
 
 def quality(records):
     """Figures of imagined rollouts: match, the rate that fulfils its goal; action_match, for step goals the action alone;
 
     off_table and beyond_dynamics, rates of transitions that leave the table or move a ball further than physics can;
-    executed, the rate that fulfils its goal when its actions are played in the physics from its start.
+    executed, the rate that fulfils its goal when its actions are played in the physics from its start, and the same of
+    the matched ones alone; explained, the rate whose explanation fits the goal; dynamics_error, see there.
     """
     first = np.stack([r["observations"][0] for r in records])
     obs = np.concatenate([r["observations"][:-1] for r in records]).reshape(-1, 5, 2)
@@ -135,11 +201,17 @@ def quality(records):
     goals = [env.goal_of(r) for r in records]
     played = env.run_episodes(replay([r["actions"] for r in records]), goals, env.state_from_observation(first),
                               max(len(r["actions"]) for r in records))
+    match, executed = (np.array([r["success"] for r in of]) for of in (records, played))
     figures = {
-        "rollouts": len(records), "match": np.mean([r["success"] for r in records]),
-        "executed": np.mean([p["success"] for p in played]), "actions": np.mean([len(r["actions"]) for r in records]),
+        "rollouts": len(records), "match": match.mean(), "executed": executed.mean(),
+        "executed_of_matched": executed[match].mean() if match.any() else 0.0, "actions": np.mean([len(r["actions"]) for r in records]),
         "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
         "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
+    if "explanation" in records[0]:
+        fits = np.array([not env.contradicts(r["goal"], r["explanation"]) for r in records])
+        figures["explained"] = fits.mean()
+        figures["match_of_explained"] = match[fits].mean() if fits.any() else 0.0
+        figures["dynamics_error"] = np.concatenate([r["dynamics_error"] for r in records]).mean()
     steps = [i for i, g in enumerate(goals) if g.kind == "step"]
     if steps:
         figures["action_match"] = env.success([goals[i] for i in steps], first[steps], first[steps],
@@ -166,7 +238,9 @@ FEATURES = datasets.Features({
     "relations": datasets.List(datasets.List(datasets.Value("string"))),
     "observations": datasets.List(datasets.List(datasets.Value("float32"))),
     "actions": datasets.List(datasets.Value("int64")), "rewards": datasets.List(datasets.Value("float32")),
-    "success": datasets.Value("bool"), "states": datasets.List(datasets.List(datasets.Value("float64")))})
+    "success": datasets.Value("bool"), "states": datasets.List(datasets.List(datasets.Value("float64"))),
+    "explanation": datasets.Value("string"), "dynamics_error": datasets.List(datasets.Value("float32"))})
+OPTIONAL = ("states", "explanation", "dynamics_error")
 
 
 def write_rollouts(path, records):
@@ -174,7 +248,7 @@ def write_rollouts(path, records):
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    columns = {k: [r[k].tolist() if isinstance(r[k], np.ndarray) else r[k] for r in records] for k in FEATURES}
+    columns = {k: [v.tolist() if isinstance(v := r.get(k), np.ndarray) else v for r in records] for k in FEATURES}
     datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
@@ -189,16 +263,18 @@ def read_rollouts(path):
         data = datasets.load_from_disk(str(path))
     except Exception as error:
         raise ValueError(f"{path} is not a rollouts dataset ({str(error).splitlines()[0]})") from None
-    needed = [name for name in FEATURES if name != "states"]
+    needed = [name for name in FEATURES if name not in OPTIONAL]
     missing = [name for name in needed if name not in data.column_names]
     if missing:
         raise ValueError(f"{path}: column {missing[0]!r} is missing; data/README.md describes the format")
-    records = data.select_columns(needed).to_list()
+    records = data.select_columns([*needed, *(c for c in OPTIONAL[1:] if c in data.column_names)]).to_list()
     for number, record in enumerate(records):
         try:
             record["observations"] = np.array(record["observations"], np.float32).reshape(len(record["observations"]), -1)
             record["actions"] = np.array(record["actions"], np.int64)
             record["rewards"] = np.array(record["rewards"], np.float32)
+            if record.get("dynamics_error") is not None:
+                record["dynamics_error"] = np.array(record["dynamics_error"], np.float32)
             check_record(record)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, row {number}: {error}") from None

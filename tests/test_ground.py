@@ -138,7 +138,7 @@ def test_token_embeddings_stay_as_they_were_if_frozen(rollouts, tmp_path, freeze
 def test_evaluation_agrees_with_one_rollout_at_a_time(rollouts, grounded):
     model, tokenizer, _ = grounded
     held_out = rollouts[100:]  # some were seen in training, so that no figure is 0
-    actions, errors, still, words = [], [], [], []
+    actions, errors, still = [], [], []
     for record in held_out:
         example = ground.make_example("generation", tokenizer, [record])
         start = int(np.flatnonzero(example["segments"] == 1)[0])  # s0; then a0, s1, a1, ...
@@ -148,17 +148,7 @@ def test_evaluation_agrees_with_one_rollout_at_a_time(rollouts, grounded):
             actions.append(int(out.action_logits[0, start + 2 * t].argmax()) == action)
             errors.append(out.state_pred[0, start + 2 * t + 1].numpy() - record["observations"][t + 1])
             still.append(record["observations"][t + 1] - record["observations"][t])
-        example = ground.make_example("explanation", tokenizer, [record])
-        with torch.no_grad():
-            out = model(**ground.pack([example]), text_logits=True)
-        (a, b, d), = env.goal_of(record).relations
-        answer = tokenizer(f" The {env.COLORS[a]} ball is "
-                           f"{('behind', 'to the left of', 'in front of', 'to the right of')[d]} the {env.COLORS[b]} ball.")["input_ids"]
-        first = len(example["input_ids"]) - len(answer) - 1  # the end of text comes last
-        right = [int(out.logits[0, first + i - 1].argmax()) == token for i, token in enumerate(answer)]
-        words.append([right[1], right[-3], all(right[4:-4])])  # The A ball is ... the B ball .
     expected = {"action_accuracy": np.mean(actions), "state_error": np.sqrt(np.mean(np.square(errors))),
-                "state_error_nothing_moves": np.sqrt(np.mean(np.square(still))), "explanation_accuracy": np.all(words, 1).mean(),
-                **dict(zip(("source_accuracy", "target_accuracy", "direction_accuracy"), np.mean(words, 0)))}
+                "state_error_nothing_moves": np.sqrt(np.mean(np.square(still)))}
     figures = ground.evaluate(model, tokenizer, held_out, batch_examples=7)
-    assert figures == pytest.approx(expected, abs=1e-4) and 0 < figures["action_accuracy"] < 1 and 0 < figures["direction_accuracy"] < 1
+    assert figures == pytest.approx(expected, abs=1e-4) and 0 < figures["action_accuracy"] < 1

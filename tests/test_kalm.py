@@ -78,7 +78,7 @@ def test_users_goals_reach_the_results_and_the_report_escaped(smoke_run, tmp_pat
     assert_complete(results_of(run))
     for goal in MY_GOALS:
         read = kalm.rollout.read_rollouts(run / "rollouts" / goal["level"])
-        assert len(read) == 2 and {r["goal"] for r in read} == {goal["text"]}
+        assert len(read) == 4 and {r["goal"] for r in read} == {goal["text"]}
     page = (run / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;red" in page and "{please}" in page
 
@@ -117,7 +117,7 @@ def stages_run(monkeypatch):
     (["--rl_steps", "61"], ["learn", "evaluate", "report"]),
     (["--keep", "matched"], ["learn", "evaluate", "report"]),
     (["--episodes", "7"], ["evaluate", "report"]),
-    (["--temperature", "0.5"], ["imagine", "learn", "evaluate", "report"]),
+    (["--temperatures", "0.5"], ["imagine", "learn", "evaluate", "report"]),
     (["--split", "validation"], ["imagine", "learn", "evaluate", "report"]),
     (["--ground_steps", "9"], ["ground", "imagine", "learn", "evaluate", "report"]),
     (["--train_goals", "41"], list(kalm.STAGES)),
@@ -194,6 +194,8 @@ BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
     "negative rate": (["--rl_learning_rate", "-0.1"], "", "--rl_learning_rate"),
     "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
     "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
+    "temperatures no numbers": (["--temperatures", "1;2"], "", "--temperatures"),
+    "negative temperature": (["--temperatures", "1,-1"], "", "--temperatures"),
     "negative seed": (["--seed", "-1"], "", "--seed"),
     "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),
 }
@@ -245,7 +247,7 @@ def test_from_a_shell_bad_input_shows_one_line_and_debug_the_traceback(tmp_path)
 
 
 def test_lora_and_another_split_run_through_every_stage(tmp_path):
-    options = ("--lora_rank", "2", "--split", "validation", "--keep", "all", "--temperature", "0", "--seed", "5", "--train_goals", "12")
+    options = ("--lora_rank", "2", "--split", "validation", "--keep", "all", "--temperatures", "0", "--seed", "5", "--train_goals", "12")
     assert kalm.main([*SMOKE, str(tmp_path / "run"), *options]) == 0
     assert_complete(results_of(tmp_path / "run"))
     model, _ = kalm.load_grounded(kalm.parse_options([*SMOKE, str(tmp_path / "run")]), kalm.PartialState())

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import new_model
+from safetensors.torch import save_file
 
 import ground
 from data import llm
@@ -45,7 +46,7 @@ def hand_batch():
 
 def outputs(model, batch):
     with torch.no_grad():
-        out = model(**batch, text_logits=True)
+        out = model(**batch, text_logits=None)
     return out.logits, out.action_logits, out.state_pred
 
 
@@ -53,7 +54,7 @@ def test_the_loss_is_the_one_that_plain_loops_compute():
     change_std = [0.1 * (i + 1) for i in range(10)]
     model, batch = tiny_model("llama", change_std=change_std, observation_mean=[0.3] * 10, observation_std=[0.7] * 10), hand_batch()
     with torch.no_grad():
-        out = model(**batch, text_logits=True)
+        out = model(**batch, text_logits=None)
     parts = {kind: [] for kind in (TEXT, ACTION, STATE)}  # (task, loss)
     for i in range(1, 16):
         if not batch["predict"][0, i]:
@@ -153,13 +154,60 @@ def test_lora_adapters_save_and_load_and_are_all_that_trains_in_the_backbone(tmp
         assert torch.equal(a, b)
 
 
+def with_adapter(seed):
+    """A grounded model whose LoRA has an effect, and the LLM that it was made from."""
+    language_model, _ = llm.tiny(0)
+    model = KalmForRollouts.from_llm(language_model, lora_rank=3, seed=seed, observation_std=[0.3] * 10).eval()
+    torch.manual_seed(seed)
+    for n, p in model.named_parameters():
+        if n in model.new_parameters():
+            torch.nn.init.normal_(p, std=0.1)
+            p.data = p.data.bfloat16().float()
+    return model, language_model
+
+
+def test_an_adapter_is_all_that_grounding_added(tmp_path):
+    model, language_model = with_adapter(1)
+    model.save_adapter(tmp_path)
+    again, batch = KalmForRollouts.from_adapter(language_model, tmp_path).eval(), hand_batch()
+    for a, b in zip(outputs(model, batch), outputs(again, batch)):
+        assert torch.equal(a, b)
+    added = sum(p.numel() for n, p in model.named_parameters() if n in model.new_parameters())
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) < 2 * added + 20_000  # two bytes a number
+
+
+def test_peft_loads_the_adapter_alone(tmp_path):
+    import peft
+    model, language_model = with_adapter(2)
+    model.save_adapter(tmp_path)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = model.backbone(input_ids=ids).logits
+        plain = language_model.eval()(input_ids=ids).logits
+        adapted = peft.PeftModel.from_pretrained(language_model, tmp_path).eval()(input_ids=ids).logits
+    torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
+    assert (adapted - plain).abs().max() > 0.1
+
+
+def test_an_adapter_for_another_language_model_is_refused(tmp_path):
+    model, _ = with_adapter(3)
+    model.save_adapter(tmp_path)
+    other = transformers.AutoModelForCausalLM.from_config(TINY_LLMS["qwen2"]())
+    with pytest.raises(ValueError, match="hidden_size 64, and this one has 32"):
+        KalmForRollouts.from_adapter(other, tmp_path)
+    (tmp_path / "new_layers.safetensors").unlink()
+    save_file({"state_head.0.bias": torch.zeros(512)}, tmp_path / "new_layers.safetensors")
+    with pytest.raises(ValueError, match="is missing or unknown"):
+        KalmForRollouts.from_adapter(llm.tiny(0)[0], tmp_path)
+
+
 @pytest.mark.parametrize("lora_rank", (0, 2))
 def test_before_training_the_text_side_is_the_language_model_itself(lora_rank):
     language_model, _ = llm.tiny(3)
     model = KalmForRollouts.from_llm(language_model, lora_rank=lora_rank).eval()
     ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = model(ids, torch.full_like(ids, TEXT), torch.zeros(2, 9, 10), text_logits=True).logits
+        logits = model(ids, torch.full_like(ids, TEXT), torch.zeros(2, 9, 10), text_logits=None).logits
         torch.testing.assert_close(logits, language_model.eval()(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -169,7 +217,7 @@ def test_new_embeddings_start_at_the_asked_scale_of_the_token_embeddings(scale):
     model = KalmForRollouts.from_llm(language_model, embedding_scale=scale, seed=4)
     with torch.no_grad():
         wanted = scale * language_model.get_input_embeddings().weight.square().mean().sqrt().item()
-        states = model.state_embedding(torch.randn(2000, 10)).square().mean().sqrt().item()
+        states = model.state_embedding(model.features(torch.randn(2000, 10))).square().mean().sqrt().item()
         assert [model.action_embedding.weight.square().mean().sqrt().item(), states] == pytest.approx([wanted] * 2, rel=0.1)
 
 
@@ -178,8 +226,10 @@ def test_each_position_enters_as_its_token_its_action_or_its_normalised_state():
     ids, modality, states = (batch[k][0] for k in ("input_ids", "modality", "states"))
     tables = {TEXT: model.get_input_embeddings().weight, ACTION: model.action_embedding.weight}
     with torch.no_grad():
-        embedded = model.embed(batch["input_ids"], batch["modality"], batch["states"])[0]
+        (embedded,), _ = model.embed(batch["input_ids"], batch["modality"], batch["states"])
         for i in range(14):  # then comes padding
             kind = int(modality[i])
-            expected = model.state_embedding((states[i] - 0.4) / 3) if kind == STATE else tables[kind][ids[i]]
+            x = (states[i] - 0.4) / 3
+            waves = [f(w * x) for w in (1, 2, 4, 8) for f in (torch.sin, torch.cos)]
+            expected = model.state_embedding(torch.cat([x, *waves])) if kind == STATE else tables[kind][ids[i]]
             torch.testing.assert_close(embedded[i], expected)

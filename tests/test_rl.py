@@ -143,6 +143,36 @@ def test_bc_imitates_and_cql_prefers_what_is_rewarded():
     assert accuracy("cql", mixed, good, obs, steps=400, conservative_weight=0.1, discount=0.5) > 0.9
 
 
+# ------------------------------------------------------------------------------------------------------------ buffers
+
+def test_a_balanced_buffer_draws_each_goal_alike_and_each_of_its_transitions_alike():
+    records = [r for r in random_records(40) if r["goal"] != TEXTS[2]] + random_records(3)[2:]
+    for balanced in (False, True):
+        buffer = rl.Buffer(records, toy_table(), balanced=balanced)
+        rows = buffer.draw((2, 20000), torch.Generator().manual_seed(0))
+        assert rows.shape == (2, 20000)
+        drawn = torch.bincount(rows.flatten(), minlength=len(buffer)) / rows.numel()
+        sizes = torch.bincount(buffer.goal)
+        expected = 1 / (3 * sizes[buffer.goal]) if balanced else torch.full((len(buffer),), 1 / len(buffer))
+        assert sizes.max() > 5 * sizes.min()
+        torch.testing.assert_close(drawn, expected, rtol=0.25, atol=1e-3)
+
+
+def test_balancing_and_dropping_keep_transitions_whole():
+    records = random_records(30)
+    for r in records:
+        r["dynamics_error"] = np.abs(r["observations"][:-1, 0])
+
+    def transitions(buffer):
+        return sorted(tuple(torch.cat([x.reshape(1, -1).float() for x in buffer.take(torch.tensor(i))], 1)[0].tolist())
+                      for i in range(len(buffer)))
+    plain, balanced = (rl.Buffer(records, toy_table(), balanced=b) for b in (False, True))
+    assert transitions(plain) == transitions(balanced) and len(plain) == sum(len(r["actions"]) for r in records)
+    believed = rl.Buffer(records, toy_table(), balanced=True, dynamics_tolerance=0.2)
+    assert 0 < len(believed) < len(plain)
+    assert transitions(believed) == [t for t in transitions(plain) if abs(t[0]) <= 0.2]
+
+
 # -------------------------------------------------------------------------------------------------- buffers, batches
 
 def test_a_buffer_lays_transitions_out_flat_and_is_done_at_successful_ends_only():

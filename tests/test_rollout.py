@@ -103,6 +103,60 @@ def test_acting_in_the_environment_follows_the_physics(grounded, mixed):
         assert r["success"] or len(r["actions"]) == (1 if goal.kind == "step" else 6)
 
 
+# ----------------------------------------------------------------------------------------------- the model's own view
+
+def slow_explanation(model, tokenizer, record, prompt, max_tokens):
+    """Twin of `explain`: one rollout, and the whole sequence again for every new token, without a cache."""
+    path, actions, nothing = torch.as_tensor(record["observations"]), record["actions"].tolist(), torch.zeros(10)
+    sequence = [(TEXT, i, nothing) for i in tokenizer(prompt, add_special_tokens=False)["input_ids"]] + [(STATE, 0, path[0])]
+    for t, action in enumerate(actions):
+        sequence += [(ACTION, action, path[t]), (STATE, 0, path[t + 1])]
+    said = []
+    while len(said) < max_tokens:
+        modality, index, states = zip(*sequence)
+        with torch.no_grad():
+            logits = model(torch.tensor([index]), torch.tensor([modality]), torch.stack(states)[None], text_logits=1).logits
+        said.append(int(logits[0, -1].argmax()))
+        if said[-1] == tokenizer.eos_token_id:
+            return tokenizer.decode(said[:-1]).strip()
+        sequence.append((TEXT, said[-1], nothing))
+    return tokenizer.decode(said).strip()
+
+
+def test_explanations_equal_the_slow_twins(grounded, rollouts):
+    model, tokenizer, _ = grounded
+    for prompt in (PROMPTS["explanation"], "Explain the rollout."):
+        said = rollout.explain(model, tokenizer, rollouts[::12], prompt, max_tokens=12, batch_size=6)
+        assert said == [slow_explanation(model, tokenizer, r, prompt, 12) for r in rollouts[::12]]
+    assert len(set(said)) > 2
+
+
+def test_the_dynamics_check_compares_with_each_transition_asked_alone(grounded, rollouts):
+    model, tokenizer, _ = grounded
+    records = rollouts[:9]
+    prompt = tokenizer(PROMPTS["dynamics"], add_special_tokens=False)["input_ids"]
+    for record, errors in zip(records, rollout.dynamics_error(model, tokenizer, records, rollouts_a_row=4), strict=True):
+        path = torch.as_tensor(record["observations"])
+        for t, action in enumerate(record["actions"].tolist()):
+            ids, modality = torch.tensor([[*prompt, 0, action]]), torch.tensor([[TEXT] * len(prompt) + [STATE, ACTION]])
+            states = torch.zeros(1, len(prompt) + 2, 10)
+            states[0, -2:] = path[t]
+            with torch.no_grad():
+                predicted = model(ids, modality, states).state_pred[0, -1]
+            gap = (predicted - path[t + 1]).reshape(5, 2).norm(dim=1).max()
+            assert errors[t] == pytest.approx(gap.item(), abs=1e-4)
+
+
+def test_explanations_are_right_by_part_and_true_of_the_final_state():
+    goal = Goal("Put red left of blue.", relations=((0, 1, 1),))
+    final = np.array([-0.3, 0.2, 0, 0.2, 0.02, -0.1, 0.4, 0.5, 0.4, -0.1], np.float32)  # red left of blue, green in front of blue
+    record = env.rollout_record(goal, np.array([final, final]), np.array([0]))
+    said = ["The red ball is to the left of the blue ball.", "The green ball is in front of the blue ball.",
+            "The red ball is behind the cyan ball.", "A fine rollout."]
+    assert rollout.explanation_accuracy([record] * 4, said) == {
+        "source": 2 / 4, "target": 2 / 4, "direction": 1 / 4, "exact": 1 / 4, "holds": 2 / 4}
+
+
 # ------------------------------------------------------------------------------------------------------------ quality
 
 def test_quality_of_hand_made_rollouts():
@@ -123,9 +177,13 @@ def test_quality_of_hand_made_rollouts():
                record(near, [0, 8], (0, 0.1, 0), (2, 0.55, 0.4))]  # jumps right of blue: match, but not in the physics
     assert [r["success"] for r in records] == [True, False, False, True]
     assert rollout.quality(records) == pytest.approx({
-        "rollouts": 4, "match": 2 / 4, "executed": 2 / 4, "actions": 5 / 4, "off_table": 1 / 5, "beyond_dynamics": 2 / 5,
+        "rollouts": 4, "match": 2 / 4, "executed": 2 / 4, "executed_of_matched": 1 / 2, "actions": 5 / 4, "off_table": 1 / 5, "beyond_dynamics": 2 / 5,
         "action_match": 2 / 3})
     assert "action_match" not in rollout.quality(records[3:])
+    for r, said, error in zip(records, ("Green went left.", "Red went left.", "Green, red.", "Green beside red."), ([0], [0.2], [0], [0, 0.3])):
+        r.update(explanation=said, dynamics_error=np.array(error))
+    figures = rollout.quality(records)
+    assert [figures[k] for k in ("explained", "match_of_explained", "dynamics_error")] == pytest.approx([2 / 4, 1 / 2, 0.1])
 
 
 # ------------------------------------------------------------------------------------------------------------ on disk
@@ -134,6 +192,8 @@ def test_rollouts_survive_the_disk(tmp_path, rollouts):
     rng = np.random.default_rng(0)
     goals = env.sample_goals("easy", "test", 3, rng) + env.sample_goals("hard", "test", 20, rng)
     imagined = [env.rollout_record(g, rng.normal(size=(3, 10)).astype(np.float32), rng.integers(40, size=2), imagined=True) for g in goals]
+    for number, r in enumerate(imagined):
+        r.update(explanation=f"Text {number}.", dynamics_error=rng.random(2, np.float32))
     for records in (rollouts[:5], imagined, rollouts[5:9]):  # the last one replaces the one before
         rollout.write_rollouts(tmp_path / "rows", records)
         for ours, read in zip(records, rollout.read_rollouts(tmp_path / "rows"), strict=True):
@@ -141,6 +201,8 @@ def test_rollouts_survive_the_disk(tmp_path, rollouts):
             for key in ("observations", "actions", "rewards"):
                 np.testing.assert_array_equal(read[key], ours[key])
                 assert read[key].dtype == ours[key].dtype
+            assert read["explanation"] == ours.get("explanation")
+            np.testing.assert_array_equal(read["dynamics_error"], ours.get("dynamics_error"))
     states = datasets.load_from_disk(str(tmp_path / "rows"))["states"]
     np.testing.assert_array_equal(np.array(states[0]), rollouts[5]["states"])
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
@@ -164,7 +226,7 @@ DAMAGE = {  # what happens to row 2; what the message names
 
 
 def plain_rows(records):
-    keys = [k for k in rollout.FEATURES if k != "states"]
+    keys = [k for k in rollout.FEATURES if k not in rollout.OPTIONAL]
     return [{k: np.array(r[k]).tolist() if k in ("observations", "actions", "rewards") else r[k] for k in keys} for r in records]
 
 
