@@ -1,5 +1,6 @@
 """CLEVR-Robot: physics against recordings, judges against plain trigonometry, goals, expert, pictures."""
 import colorsys
+import itertools
 import json
 import math
 
@@ -330,6 +331,37 @@ def test_episodes_start_unfulfilled_and_end_at_the_first_success():
 @pytest.mark.filterwarnings("ignore")
 def test_the_environment_passes_gymnasiums_checks():
     check_env(gymnasium.make("KALM/ClevrRobot-v0", render_mode="rgb_array").unwrapped)
+
+
+def test_a_plain_sentence_is_read_back_as_its_relation_and_others_as_none():
+    for a, b, d in itertools.product(range(5), range(5), range(4)):
+        if a != b:
+            assert env.read_relation(env.canonical_text(Goal("x", relations=((a, b, d),)))) == (a, b, d)
+    for text in ("", "The red ball is behind the red ball.", "the red ball", "Put the red ball behind the blue ball."):
+        assert env.read_relation(text) is None
+
+
+@pytest.mark.parametrize("goal, explanation, expected", [
+    ("Put RED next to the blue one.", "The blue ball is behind the red ball.", False),
+    ("Put red next to blue.", "The red ball is behind the cyan ball.", True),
+    ("Red, blue and cyan in a row.", "The red ball is behind the cyan ball.", False),
+    ("Move the red ball left.", "The red ball is behind the cyan ball.", False),
+    ("Move the red ball left.", "The green ball is behind the cyan ball.", True),
+    ("Be bored and tidy.", "The green ball is behind the cyan ball.", False),
+    ("Put red next to blue.", "Nothing.", False),
+    ("Move the red ball left.", "Nothing.", True)])
+def test_an_explanation_contradicts_a_goal_by_the_balls_that_it_names(goal, explanation, expected):
+    assert env.contradicts(goal, explanation) == expected
+
+
+def test_unfulfilled_observations_come_from_the_pool_and_leave_something_to_do(rollouts):
+    pool = np.concatenate([r["observations"] for r in rollouts])
+    goals = [env.goal_of(r) for r in rollouts]
+    chosen = env.unfulfilled_observations(np.random.default_rng(0), goals, pool)
+    assert {tuple(o) for o in chosen} <= {tuple(o) for o in pool} and len({tuple(o) for o in chosen}) > 50
+    assert not env.success(goals, chosen, chosen, np.zeros(len(goals), int)).any()
+    always = [r["observations"][-1:] for r in rollouts[:1]][0]  # a pool in which every state fulfils the goal
+    assert (env.unfulfilled_observations(np.random.default_rng(0), goals[:1], always) == always).all()
 
 
 def test_the_same_seed_gives_the_same_episode():

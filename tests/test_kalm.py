@@ -78,7 +78,7 @@ def test_users_goals_reach_the_results_and_the_report_escaped(smoke_run, tmp_pat
     assert_complete(results_of(run))
     for goal in MY_GOALS:
         read = kalm.rollout.read_rollouts(run / "rollouts" / goal["level"])
-        assert len(read) == 4 and {r["goal"] for r in read} == {goal["text"]}
+        assert len(read) == 6 and {r["goal"] for r in read} == {goal["text"]}
     page = (run / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;red" in page and "{please}" in page
 
@@ -164,6 +164,33 @@ def test_a_stage_whose_input_was_made_with_other_options_says_so(smoke_run, tmp_
     capsys.readouterr()
     assert kalm.main([*SMOKE, str(run), "--stage", *second]) == 2
     assert first[0] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ adapter
+
+@pytest.mark.parametrize("arguments, adapter", [
+    ([], "released"),
+    (["--stage", "collect", "imagine"], "released"),
+    (["--ground_steps", "1500"], ""),
+    (["--llm", "tiny"], ""),
+    (["--stage", "ground"], ""),
+    (["--stage", "ground", "--adapter", "mine"], "mine"),
+    (["--scale", "gpu"], "")])
+def test_the_released_adapter_serves_unless_grounding_is_asked_for(arguments, adapter):
+    assert kalm.parse_options(["--scale", "cpu", *arguments]).adapter == adapter
+
+
+def test_a_run_grounds_with_an_adapter_and_keeps_it_later(tmp_path):
+    trained, served = tmp_path / "trained", tmp_path / "served"
+    assert kalm.main([*SMOKE, str(trained), "--stage", "collect", "ground", "--lora_rank", "2"]) == 0
+    adapter = str(trained / "grounded" / "adapter")
+    assert kalm.main([*SMOKE, str(served), "--stage", "collect", "ground", "--adapter", adapter]) == 0
+    models = [kalm.load_grounded(kalm.parse_options([*SMOKE, str(run)]), kalm.PartialState())[0] for run in (trained, served)]
+    for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2 ** -8, atol=1e-6, msg=name)
+    metrics = [json.loads((run / "grounded" / "metrics.json").read_text()) for run in (trained, served)]
+    assert metrics[0] == metrics[1] and metrics[0]["log"]
+    assert kalm.main([*SMOKE, str(served), "--stage", "imagine"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
