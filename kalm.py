@@ -8,6 +8,7 @@ order of the stages, their options and the report; what a stage does is in env, 
 """
 import argparse
 import base64
+import collections
 import hashlib
 import html
 import io
@@ -42,7 +43,7 @@ from model import TASKS, KalmForRollouts  # noqa: E402
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
 READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
-METHODS = ("bc", "bc+relabel", "bc+kalm", "cql", "cql+relabel", "cql+kalm")
+METHODS = tuple(f"{algorithm}{source}" for algorithm in ("bc", "cql") for source in ("", "+relabel", "+kalm", "+both"))
 SCALES = ("smoke", "cpu", "gpu", "paper")
 
 RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
@@ -69,6 +70,7 @@ OPTIONS = (
     Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
            "smollm2, tiny, a folder or a Hub name of a causal LM"),
     Option("keep_layers", "ground", (0, 8, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
+    Option("random_weights", "ground", (0,), "1: forget the LLM's weights first, to see what pre-training is worth"),
     Option("lora_rank", "ground", (0,), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
     Option("adapter", "ground", ("", "released", "", ""), "trained adapter to ground with instead of training: released (data/adapter), a "
            "folder, or '' to train, as is done if --stage names ground or another option of it is given"),
@@ -87,9 +89,12 @@ OPTIONS = (
     Option("temperatures", "imagine", ("1,1.3", "1,1.3", "1,1.3", "1"),
            "of sampled actions, one for each round; later rounds are for goals with few matches"),
     Option("visited_share", "imagine", (0.5,), "of imagined rollouts that start where the data has been, not in a new state"),
+    Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined, as --keep explained, both and "
+           "--dynamics_tolerance need"),
     Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
     Option("keep", "learn", ("all", "matched", "matched", "matched"),
            "imagined rollouts: matched (goal met), explained (own words fit the goal), both, all"),
+    Option("kept_per_goal", "learn", (0,), "at most so many imagined rollouts of a goal; 0: all that are kept"),
     Option("dynamics_tolerance", "learn", (0.0,), "drop imagined transitions that the dynamics prediction contradicts by more (m); 0: none"),
     Option("balance_goals", "learn", (1,), "1: draw imaginary batches goal by goal; 0: transition by transition"),
     Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
@@ -99,6 +104,7 @@ OPTIONS = (
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 1.0, 1.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
+    Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m),), "what to learn, with commas between"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
@@ -140,9 +146,13 @@ def parse_options(arguments):
             raise ValueError(f"--{option.name} must be at least {least}, got {value}")
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"--{option.name} must be a number from 0 on, got {value}")
-    for name, allowed in (("split", ("validation", "test")), ("keep", ("matched", "explained", "both", "all"))):
-        if getattr(options, name) not in allowed:
-            raise ValueError(f"--{name} is {' or '.join(allowed)}, got {getattr(options, name)!r}")
+    for name, allowed in CHOICES.items():
+        found = [getattr(options, name)] if name in ("split", "keep") else getattr(options, name).split(",")
+        odd = [value for value in found if value not in allowed]
+        if odd or len(set(found)) < len(found):
+            raise ValueError(f"--{name} takes {' or '.join(allowed)}{'' if len(found) == 1 else ', each once'}, got {getattr(options, name)!r}")
+    if not options.self_check and (options.keep in ("explained", "both") or options.dynamics_tolerance):
+        raise ValueError(f"--keep {options.keep} with --dynamics_tolerance {options.dynamics_tolerance} needs --self_check 1")
     if options.imaginary_share >= 1:
         raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
     if options.seed < 0:
@@ -158,7 +168,9 @@ def parse_options(arguments):
     return options
 
 
-ZERO_MEANS_ALL = ("keep_layers", "lora_rank", "encoder_layers")
+CHOICES = {"split": ("validation", "test"), "keep": ("matched", "explained", "both", "all"), "tasks": TASKS,
+           "methods": METHODS}
+ZERO_MEANS_ALL = ("keep_layers", "lora_rank", "encoder_layers", "kept_per_goal", "random_weights", "balance_goals", "self_check")
 
 
 def check_run_folder(options):
@@ -260,6 +272,8 @@ def ground_llm(options, state):
     """The LLM, fine-tuned on the real rollouts or with --adapter added -> grounded/, a from_pretrained folder with metrics.json."""
     records, held_out = split_real(options)
     llm, tokenizer = llm_source.load(options.llm_path, options.keep_layers, options.seed)
+    if options.random_weights:
+        llm = transformers.AutoModelForCausalLM.from_config(llm.config)
     if options.adapter:
         adapter = RELEASED if options.adapter == "released" else Path(options.adapter)
         model = KalmForRollouts.from_adapter(llm, adapter)
@@ -347,8 +361,9 @@ def imagine_level(options, state, model, tokenizer, level, goals, visited, seed)
         part = rollout.generate_all(
             model, tokenizer, [wanted[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
             seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
-        for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
-            record.update(explanation=text, dynamics_error=error)
+        if options.self_check:
+            for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
+                record.update(explanation=text, dynamics_error=error)
         part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
         matches += np.bincount(rows, [r["success"] for r in part], len(goals)).astype(int)
         rounds.append(part)
@@ -363,7 +378,12 @@ def imagined_rollouts(options):
     for level in env.NOVEL_LEVELS:
         if (options.run / "rollouts" / level).is_dir():
             records = rollout.read_rollouts(options.run / "rollouts" / level)
-            found[level] = records, [r for r in records if tests[options.keep](r)]
+            kept, count = [], collections.Counter()
+            for r in filter(tests[options.keep], records):
+                count[r["goal"]] += 1
+                if not options.kept_per_goal or count[r["goal"]] <= options.kept_per_goal:
+                    kept.append(r)
+            found[level] = records, kept
     return found
 
 
@@ -376,7 +396,8 @@ def learn(options, state):
     relabelled = {level: rl.relabel(real, goals[level], len(kept), rng) for level, kept in imagined.items()}
     table = rl.GoalTable.encode([r["goal"] for r in real], [g.text for level in goals.values() for g in level],
                                 *load_encoder(options, state))
-    sources = {"": {}, "relabel": relabelled, "kalm": imagined}
+    both = {f"{name} {level}": rows for name, of in (("relabelled", relabelled), ("imagined", imagined)) for level, rows in of.items()}
+    sources = {"": {}, "relabel": relabelled, "kalm": imagined, "both": both}
     if state.is_main_process:
         print(f"  rollouts to learn from: real {len(real)}" + "".join(
             f"; {name} " + ", ".join(f"{level} {len(rows)}" for level, rows in sources[name].items()) for name in ("relabel", "kalm")))
@@ -389,7 +410,7 @@ def learn(options, state):
     state.wait_for_everyone()
     buffer = rl.Buffer(real, table, state.device)
     seeds, curves = list(range(options.seeds)), []
-    for method in METHODS[state.process_index::state.num_processes]:
+    for method in options.methods.split(",")[state.process_index::state.num_processes]:
         algorithm, _, source = method.partition("+")
         extra = [rl.Buffer(rows, table, state.device, balanced=bool(options.balance_goals), dynamics_tolerance=options.dynamics_tolerance)
                  for rows in sources[source].values() if rows]
@@ -399,7 +420,7 @@ def learn(options, state):
     curves = dict(gather_object(curves))
     if state.is_main_process:
         table.save(aside / "goals.safetensors")
-        ground.write_json(aside / "curves.json", {m: curves[m] for m in METHODS})
+        ground.write_json(aside / "curves.json", {m: curves[m] for m in options.methods.split(",")})
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
 
@@ -423,7 +444,8 @@ def evaluate(options, state):
     episodes = [g for level in goals.values() for g in (level * -(-options.episodes // len(level)))[:options.episodes]]
     levels = np.repeat(list(goals), options.episodes)
     starts = {s: env.unfulfilled_states(np.random.default_rng([options.seed, 7, s]), episodes) for s in range(options.seeds)}
-    jobs = [(method, s) for method in METHODS for s in range(options.seeds)] + [("llm", 0)]
+    methods = options.methods.split(",")
+    jobs = [(method, s) for method in methods for s in range(options.seeds)] + [("llm", 0)]
     scores = []
     for method, s in jobs[state.process_index::state.num_processes]:
         if method == "llm":
@@ -440,7 +462,7 @@ def evaluate(options, state):
     if not state.is_main_process:
         return
     success = {}
-    for method in (*METHODS, "llm"):
+    for method in (*methods, "llm"):
         success[method] = {}
         for level in goals:
             rates = [rate[level] for m, s, rate in sorted(scores, key=lambda x: x[1]) if m == method]
@@ -461,7 +483,7 @@ PUBLISHED = {"rephrase": 0.45, "easy": 0.35, "hard": 0.09, "offline": 0.60}  # t
 
 def results_table(results):
     """The success table as lines of text."""
-    levels = [level for level in env.LEVELS if level in results["success"]["bc"]]
+    levels = [level for level in env.LEVELS if level in results["success"]["llm"]]
     lines = ["method        " + "".join(f"{level:>16}" for level in levels)]
     for method, row in results["success"].items():
         cells = [f"{row[level]['mean']:.3f}" + (f" +-{row[level]['std']:.3f}" if len(row[level]["seeds"]) > 1 else " " * 8)
@@ -472,12 +494,13 @@ def results_table(results):
 
 def success_figure(results):
     """Success by level and method as an SVG string; error bars are the standard deviation over seeds."""
-    levels = [level for level in env.LEVELS if level in results["success"]["bc"]]
+    levels = [level for level in env.LEVELS if level in results["success"]["llm"]]
     figure, axes = plt.subplots(figsize=(9, 3.6))
+    width = 0.85 / len(results["success"])
     for i, (method, row) in enumerate(results["success"].items()):
-        x = np.arange(len(levels)) + (i - 3) * 0.12
-        axes.bar(x, [row[level]["mean"] for level in levels], 0.11, yerr=[row[level]["std"] for level in levels], label=method,
-                 color=plt.cm.tab20([0, 1, 2, 4, 5, 6, 14][i]), capsize=2)
+        x = np.arange(len(levels)) + (i - (len(results["success"]) - 1) / 2) * width
+        axes.bar(x, [row[level]["mean"] for level in levels], 0.9 * width, yerr=[row[level]["std"] for level in levels], label=method,
+                 color=plt.cm.tab20((*METHODS, "llm").index(method)), capsize=2)
     for x, level in enumerate(levels):
         axes.hlines(PUBLISHED[level], x - 0.45, x + 0.45, color="gray", linestyle="dotted",
                     label="paper's best (other data, model and sentences)" if x == 0 else None)
@@ -545,7 +568,7 @@ def report(options, state):
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metrics = json.loads((run / "grounded" / "metrics.json").read_text(encoding="utf-8"))
     curves = json.loads((run / "policies" / "curves.json").read_text(encoding="utf-8"))
-    levels = [level for level in env.LEVELS if level in results["success"]["bc"]]
+    levels = [level for level in env.LEVELS if level in results["success"]["llm"]]
     success = html_table(["method", *levels], [
         [method, *(f"{row[v]['mean']:.3f} ± {row[v]['std']:.3f}" for v in levels)] for method, row in results["success"].items()])
     names = sorted({name for figures in results["quality"].values() for name in figures})
@@ -555,7 +578,7 @@ def report(options, state):
     grounding = html_table(["held-out rollouts", "value"], [[k, f"{v:.3f}"] for k, v in results["grounding"].items()])
     settings = html_table(["option", "value"], results["config"].items())
     times = html_table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in results["time_s"].items()])
-    episodes = results["success"]["bc"][levels[0]]["episodes"]
+    episodes = results["success"]["llm"][levels[0]]["episodes"]
     page = PAGE.format(bars=success_figure(results), curves=curves_figure(metrics["log"], curves), success=success, quality=quality,
                        grounding=grounding, settings=settings, times=times, gallery=gallery(options), episodes=episodes)
     aside = run / "report.html.partial"

@@ -1,0 +1,153 @@
+"""Redo every run behind RESULTS.md and write the page: `python docs/results.py`.
+
+Runs that are finished are kept, so the command can be repeated after an interruption; `--only NAME ...` does some of
+the runs, `--write` none. A run starts from its parent's folder and options and redoes what its own options change.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import kalm  # noqa: E402
+from env import LEVELS, NOVEL_LEVELS  # noqa: E402
+
+ONE_ROUND = ["--novel_goals", "160", "--rollouts_per_novel_goal", "3", "--temperatures", "1", "--visited_share", "0"]
+BRIEF = ["--adapter", "", "--keep_layers", "4", "--ground_steps", "400", *ONE_ROUND]
+JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
+
+RUNS = {  # name: (parent, options, stages)
+    "main": (None, ["--methods", ",".join(kalm.METHODS), "--self_check", "1"], ["all"]),
+    "brief": ("main", ["--split", "validation", *BRIEF], ["collect", "ground", "imagine"]),
+    "brief without dynamics": ("brief", ["--tasks", "explanation,generation,consequence"], ["ground", "imagine"]),
+    "brief without explanation": ("brief", ["--tasks", "dynamics,generation,consequence"], ["ground", "imagine"]),
+    "brief without consequence": ("brief", ["--tasks", "dynamics,explanation,generation"], ["ground", "imagine"]),
+    "brief with random weights": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
+    "brief with LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
+    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--episodes", "200"],
+                   ["imagine", "learn", "evaluate"]),
+    **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
+    "dynamics check": ("validation", ["--dynamics_tolerance", "0.1", "--methods", "bc+kalm"], ["learn", "evaluate"]),
+    "unbalanced": ("validation", ["--balance_goals", "0", "--methods", "bc+kalm"], ["learn", "evaluate"]),
+    **{f"share {x}": ("validation", ["--imaginary_share", x, "--methods", "bc+kalm"], ["learn", "evaluate"]) for x in ("0.1", "0.5")},
+    **{f"kept {n}": ("validation", ["--kept_per_goal", n, "--methods", "bc+kalm"], ["learn", "evaluate"]) for n in ("1", "5")},
+    "new starts": ("validation", ["--visited_share", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
+}
+PAPER = {"match": (None, 0.85, 0.36, 0.28), "off_table": (None, 0.184, 0.0, 0.043), "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
+
+
+def options_of(name):
+    parent, options, _ = RUNS[name]
+    return [*(options_of(parent) if parent else ["--scale", "cpu"]), *options]
+
+
+def run(name, folder):
+    """One run, from its parent's folder (hard links: every stage writes anew and renames)."""
+    parent, _, stages = RUNS[name]
+    if not folder.exists() and parent:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder.parent / parent.replace(" ", "_"), partial, copy_function=os.link)
+        for path in ("results.json", "report.html"):
+            (partial / path).unlink(missing_ok=True)
+        partial.rename(folder)
+    subprocess.run([sys.executable, str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages, "--output_dir", str(folder)], check=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The page
+
+def load(folder, name, file):
+    path = folder / name.replace(" ", "_") / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def table(header, rows):
+    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)])
+
+
+def number(value, digits=3):
+    return "" if value is None else f"{value:.{digits}f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.{digits}f}"
+
+
+def success_rows(results):
+    for method, row in results["success"].items():
+        cells = [number(row[v]["mean"]) + (f" ± {number(row[v]['std'])}" if len(row[v]["seeds"]) > 1 else "") for v in LEVELS]
+        yield [f"`{method}`", *cells, number(sum(row[v]["mean"] for v in NOVEL_LEVELS) / 3), row["offline"]["episodes"]]
+
+
+def quality_rows(quality):
+    names = {"match": "meet their goal (match)", "executed": "... when their actions are played in the physics",
+             "executed_of_matched": "... of the matched ones", "explained": "own explanation fits the goal",
+             "match_of_explained": "match, of those", "off_table": "transitions off the table",
+             "beyond_dynamics": "transitions beyond dynamics", "dynamics_error": "contradiction to the dynamics prediction (m)",
+             "actions": "actions a rollout"}
+    for name, words in names.items():
+        yield [words, *(number(quality[v].get(name)) for v in LEVELS)]
+        if name in PAPER:
+            yield [f"*paper: {words.split(' (')[0]}*", *(number(x) for x in PAPER[name])]
+
+
+def ablation_rows(folder, names):
+    for name, words in names.items():
+        results = load(folder, name, "results.json")
+        if results:
+            row = results["success"]["bc+kalm"]
+            yield [words, *(number(row[v]["mean"]) for v in LEVELS), number(sum(row[v]["mean"] for v in NOVEL_LEVELS) / 3)]
+
+
+def grounding_rows(folder, names):
+    for name, words in names.items():
+        quality, metrics = load(folder, name, "quality.json"), load(folder, name, "grounded/metrics.json")
+        if quality:
+            yield [words, *(f"{number(quality[v]['match'], 2)} / {number(quality[v]['executed'], 2)}" for v in LEVELS),
+                   number(metrics["action_accuracy"], 2), number(metrics["state_error"]), number(metrics["explanation_source"], 2),
+                   number(metrics["explanation_holds"], 2)]
+
+
+def page(folder):
+    """RESULTS.md from the run folders, and the learning curves beside it."""
+    results, quality = load(folder, "main", "results.json"), load(folder, "main", "quality.json")
+    metrics, curves = load(folder, "main", "grounded/metrics.json"), load(folder, "main", "policies/curves.json")
+    (ROOT / "docs" / "curves.svg").write_text(kalm.curves_figure(metrics["log"], curves), encoding="utf-8")
+    (ROOT / "docs" / "success.svg").write_text(kalm.success_figure(results), encoding="utf-8")
+    times = results["time_s"]
+    explained = [[words, *(number(metrics[f"{key}_{part}"]) for part in ("source", "target", "direction", "exact", "holds"))]
+                 for key, words in (("explanation", "the prompt of training"), ("unseen_prompt", "a prompt never trained on"))]
+    explained.append(["*paper (keywords), both prompts*", "> .85", "> .85", "", "", ""])
+    learn_names = {
+        "validation": "default", **{f"keep {k}": f"kept: {JUDGED[k]}" for k in list(JUDGED)[1:]},
+        "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m", "unbalanced": "drawn by transition, not by goal",
+        "new starts": "imagined from new starts alone", "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
+        "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
+    ground_names = {"brief": "all four tasks, pre-trained, all weights", **{f"brief {x}": x for x in (
+        "without dynamics", "without explanation", "without consequence", "with random weights", "with LoRA")}}
+    text = (ROOT / "docs" / "results_template.md").read_text(encoding="utf-8").format(
+        success=table(["success rate", *LEVELS, "novel mean", "episodes"], success_rows(results)),
+        quality=table(["imagined rollouts", *LEVELS], quality_rows(quality)),
+        explained=table(["asked with", "source", "target", "direction", "all three", "holds in the final state"], explained),
+        grounding=", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in metrics.items() if k in ("action_accuracy", "state_error", "state_error_nothing_moves")),
+        ablation=table(["`bc+kalm`, validation goals", *LEVELS, "novel mean"], ablation_rows(folder, learn_names)),
+        tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"], grounding_rows(folder, ground_names)),
+        minutes=table(["stage", *times, "all"], [["minutes", *(f"{t / 60:.1f}" for t in times.values()), f"{sum(times.values()) / 60:.1f}"]]))
+    (ROOT / "RESULTS.md").write_text(text, encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="where the run folders are")
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), metavar="NAME", help=f"some of: {'; '.join(RUNS)}")
+    parser.add_argument("--write", action="store_true", help="write the page from finished runs, run nothing")
+    options = parser.parse_args()
+    for name in [] if options.write else options.only or RUNS:
+        run(name, options.runs / name.replace(" ", "_"))
+    page(options.runs)
+
+
+if __name__ == "__main__":
+    main()
