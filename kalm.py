@@ -69,7 +69,7 @@ OPTIONS = (
     Option("rollouts_per_goal", "collect", (4, 6, 6, 6), "expert rollouts tried for each of them"),
     Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
            "smollm2, tiny, a folder or a Hub name of a causal LM"),
-    Option("keep_layers", "ground", (0, 8, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
+    Option("keep_layers", "ground", (0, 6, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
     Option("random_weights", "ground", (0,), "1: forget the LLM's weights first, to see what pre-training is worth"),
     Option("lora_rank", "ground", (0,), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
     Option("adapter", "ground", ("", "released", "", ""), "trained adapter to ground with instead of training: released (data/adapter), a "
@@ -102,7 +102,7 @@ OPTIONS = (
     Option("rl_steps", "learn", (60, 8000, 30000, 500000), "gradient steps of offline RL"),
     Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
-    Option("conservative_weight", "learn", (1.0, 1.0, 1.0, 10.0), "alpha of CQL"),
+    Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
     Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m),), "what to learn, with commas between"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
@@ -135,9 +135,9 @@ def parse_options(arguments):
     if unknown:
         raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, or all")
     given = {o.name for o in OPTIONS if hasattr(options, o.name)}
-    if "adapter" not in given and ("ground" in options.stage or any(o.stage == "ground" and o.name in given for o in OPTIONS)):
+    options.adapter_is_settled = "ground" in options.stage or any(o.stage == "ground" and o.name in given for o in OPTIONS)
+    if options.adapter_is_settled and "adapter" not in given:
         options.adapter = ""
-    options.adapter_given = "adapter" in given
     for option in OPTIONS:
         if not hasattr(options, option.name):
             setattr(options, option.name, option.default(options.scale))
@@ -181,7 +181,7 @@ def check_run_folder(options):
     if run.is_dir() and any(run.iterdir()) and not (run / "manifest.json").is_file():
         raise ValueError(f"--output_dir {run} has files but no manifest.json, so it is not a KALM run; give a new folder")
     done = read_manifest(run)["stages"]
-    if "ground" in done and not options.adapter_given and "ground" not in options.stage:
+    if "ground" in done and not options.adapter_is_settled:
         options.adapter = done["ground"]["options"].get("adapter", "")  # what this run trained, it keeps
     for stage in options.stages:
         for needed in READS[stage]:
@@ -621,7 +621,7 @@ def print_plan(options, todo):
     layers = (options.keep_layers or 30) / 8 if options.llm != "tiny" else 0.02
     seconds = {
         "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,
-        "ground": options.ground_steps * options.batch_examples / 32 * 0.9 * layers,
+        "ground": 20 if options.adapter else options.ground_steps * options.batch_examples / 32 * 0.9 * layers,
         "imagine": 3 * options.novel_goals * options.rollouts_per_novel_goal * options.max_steps * 0.0012 * layers,
         "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.084,
         "evaluate": options.episodes * (options.seeds * 0.22 + 0.15 * layers), "report": 10}

@@ -18,27 +18,28 @@ import kalm  # noqa: E402
 from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
 ONE_ROUND = ["--novel_goals", "160", "--rollouts_per_novel_goal", "3", "--temperatures", "1", "--visited_share", "0"]
-BRIEF = ["--adapter", "", "--keep_layers", "4", "--ground_steps", "400", *ONE_ROUND]
+BRIEF = ["--adapter", "", "--keep_layers", "4", "--ground_steps", "320", *ONE_ROUND]
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
 RUNS = {  # name: (parent, options, stages)
-    "main": (None, ["--methods", ",".join(kalm.METHODS), "--self_check", "1"], ["all"]),
+    "main": (None, ["--methods", ",".join(kalm.METHODS)], ["all"]),
     "brief": ("main", ["--split", "validation", *BRIEF], ["collect", "ground", "imagine"]),
     "brief without dynamics": ("brief", ["--tasks", "explanation,generation,consequence"], ["ground", "imagine"]),
     "brief without explanation": ("brief", ["--tasks", "dynamics,generation,consequence"], ["ground", "imagine"]),
     "brief without consequence": ("brief", ["--tasks", "dynamics,explanation,generation"], ["ground", "imagine"]),
     "brief with random weights": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
     "brief with LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
-    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--episodes", "200"],
+    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--self_check", "1",
+                            "--rollouts_per_novel_goal", "6"],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
     "dynamics check": ("validation", ["--dynamics_tolerance", "0.1", "--methods", "bc+kalm"], ["learn", "evaluate"]),
     "unbalanced": ("validation", ["--balance_goals", "0", "--methods", "bc+kalm"], ["learn", "evaluate"]),
     **{f"share {x}": ("validation", ["--imaginary_share", x, "--methods", "bc+kalm"], ["learn", "evaluate"]) for x in ("0.1", "0.5")},
     **{f"kept {n}": ("validation", ["--kept_per_goal", n, "--methods", "bc+kalm"], ["learn", "evaluate"]) for n in ("1", "5")},
-    "new starts": ("validation", ["--visited_share", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
+    "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
-PAPER = {"match": (None, 0.85, 0.36, 0.28), "off_table": (None, 0.184, 0.0, 0.043), "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
+PAPER = {"match": (None, 0.85, 0.36, 0.28), "action_match": (None, None, 0.30, None), "off_table": (None, 0.184, 0.0, 0.043), "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
 
 
 def options_of(name):
@@ -81,16 +82,11 @@ def success_rows(results):
         yield [f"`{method}`", *cells, number(sum(row[v]["mean"] for v in NOVEL_LEVELS) / 3), row["offline"]["episodes"]]
 
 
-def quality_rows(quality):
-    names = {"match": "meet their goal (match)", "executed": "... when their actions are played in the physics",
-             "executed_of_matched": "... of the matched ones", "explained": "own explanation fits the goal",
-             "match_of_explained": "match, of those", "off_table": "transitions off the table",
-             "beyond_dynamics": "transitions beyond dynamics", "dynamics_error": "contradiction to the dynamics prediction (m)",
-             "actions": "actions a rollout"}
+def quality_rows(quality, names):
     for name, words in names.items():
         yield [words, *(number(quality[v].get(name)) for v in LEVELS)]
         if name in PAPER:
-            yield [f"*paper: {words.split(' (')[0]}*", *(number(x) for x in PAPER[name])]
+            yield [f"*paper: {words}*", *(number(x) for x in PAPER[name])]
 
 
 def ablation_rows(folder, names):
@@ -110,12 +106,12 @@ def grounding_rows(folder, names):
                    number(metrics["explanation_holds"], 2)]
 
 
-def page(folder):
-    """RESULTS.md from the run folders, and the learning curves beside it."""
-    results, quality = load(folder, "main", "results.json"), load(folder, "main", "quality.json")
+def page(folder, target=ROOT):
+    """RESULTS.md from the run folders, and its pictures in docs/, both below target. Runs that are missing leave no rows."""
+    results, quality, checks = load(folder, "main", "results.json"), load(folder, "main", "quality.json"), load(folder, "validation", "quality.json")
     metrics, curves = load(folder, "main", "grounded/metrics.json"), load(folder, "main", "policies/curves.json")
-    (ROOT / "docs" / "curves.svg").write_text(kalm.curves_figure(metrics["log"], curves), encoding="utf-8")
-    (ROOT / "docs" / "success.svg").write_text(kalm.success_figure(results), encoding="utf-8")
+    (target / "docs" / "curves.svg").write_text(kalm.curves_figure(metrics["log"], curves), encoding="utf-8")
+    (target / "docs" / "success.svg").write_text(kalm.success_figure(results), encoding="utf-8")
     times = results["time_s"]
     explained = [[words, *(number(metrics[f"{key}_{part}"]) for part in ("source", "target", "direction", "exact", "holds"))]
                  for key, words in (("explanation", "the prompt of training"), ("unseen_prompt", "a prompt never trained on"))]
@@ -129,13 +125,19 @@ def page(folder):
         "without dynamics", "without explanation", "without consequence", "with random weights", "with LoRA")}}
     text = (ROOT / "docs" / "results_template.md").read_text(encoding="utf-8").format(
         success=table(["success rate", *LEVELS, "novel mean", "episodes"], success_rows(results)),
-        quality=table(["imagined rollouts", *LEVELS], quality_rows(quality)),
+        quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, {
+            "match": "match", "executed": "succeed when their actions are played in the physics", "executed_of_matched": "the same, of those that match",
+            "action_match": "action alone matches", "off_table": "transitions off the table", "beyond_dynamics": "transitions beyond dynamics",
+            "actions": "actions"})),
+        checks="" if not checks else table(["imagined rollouts", *LEVELS], quality_rows(checks, {
+            "match": "match", "explained": "own explanation fits the goal", "match_of_explained": "match, of those that fit",
+            "dynamics_error": "contradiction to the dynamics prediction, m"})),
         explained=table(["asked with", "source", "target", "direction", "all three", "holds in the final state"], explained),
         grounding=", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in metrics.items() if k in ("action_accuracy", "state_error", "state_error_nothing_moves")),
         ablation=table(["`bc+kalm`, validation goals", *LEVELS, "novel mean"], ablation_rows(folder, learn_names)),
         tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"], grounding_rows(folder, ground_names)),
         minutes=table(["stage", *times, "all"], [["minutes", *(f"{t / 60:.1f}" for t in times.values()), f"{sum(times.values()) / 60:.1f}"]]))
-    (ROOT / "RESULTS.md").write_text(text, encoding="utf-8")
+    (target / "RESULTS.md").write_text(text, encoding="utf-8")
 
 
 def main():
