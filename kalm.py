@@ -85,7 +85,7 @@ OPTIONS = (
     Option("split", "imagine", ("test",), "built-in novel goals: validation (to choose options) or test (to report)"),
     Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
     Option("rollouts_per_novel_goal", "imagine", (2, 12, 20, 50), "imagined rollouts for each of them, in each round"),
-    Option("easy_factor", "imagine", (1, 4, 4, 10), "times as many for easy goals, which take one action"),
+    Option("easy_factor", "imagine", (1, 8, 8, 10), "times as many for easy goals, which take one action"),
     Option("temperatures", "imagine", ("1,1.3", "1,1.3", "1,1.3", "1"),
            "of sampled actions, one for each round; later rounds are for goals with few matches"),
     Option("visited_share", "imagine", (0.5,), "of imagined rollouts that start where the data has been, not in a new state"),
