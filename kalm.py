@@ -43,7 +43,7 @@ from model import TASKS, KalmForRollouts  # noqa: E402
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
 READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
-METHODS = tuple(f"{algorithm}{source}" for algorithm in ("bc", "cql") for source in ("", "+relabel", "+kalm", "+both"))
+METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
 SCALES = ("smoke", "cpu", "gpu", "paper")
 
 RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
@@ -104,7 +104,7 @@ OPTIONS = (
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
-    Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m),), "what to learn, with commas between"),
+    Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m),), "what to learn and evaluate, with commas between"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
@@ -410,7 +410,8 @@ def learn(options, state):
     state.wait_for_everyone()
     buffer = rl.Buffer(real, table, state.device)
     seeds, curves = list(range(options.seeds)), []
-    for method in options.methods.split(",")[state.process_index::state.num_processes]:
+    methods = [m for m in options.methods.split(",") if m != "llm"]
+    for method in methods[state.process_index::state.num_processes]:
         algorithm, _, source = method.partition("+")
         extra = [rl.Buffer(rows, table, state.device, balanced=bool(options.balance_goals), dynamics_tolerance=options.dynamics_tolerance)
                  for rows in sources[source].values() if rows]
@@ -420,7 +421,7 @@ def learn(options, state):
     curves = dict(gather_object(curves))
     if state.is_main_process:
         table.save(aside / "goals.safetensors")
-        ground.write_json(aside / "curves.json", {m: curves[m] for m in options.methods.split(",")})
+        ground.write_json(aside / "curves.json", {m: curves[m] for m in methods})
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
 
@@ -445,7 +446,7 @@ def evaluate(options, state):
     levels = np.repeat(list(goals), options.episodes)
     starts = {s: env.unfulfilled_states(np.random.default_rng([options.seed, 7, s]), episodes) for s in range(options.seeds)}
     methods = options.methods.split(",")
-    jobs = [(method, s) for method in methods for s in range(options.seeds)] + [("llm", 0)]
+    jobs = [(method, s) for method in methods for s in range(options.seeds if method != "llm" else 1)]
     scores = []
     for method, s in jobs[state.process_index::state.num_processes]:
         if method == "llm":
@@ -462,7 +463,7 @@ def evaluate(options, state):
     if not state.is_main_process:
         return
     success = {}
-    for method in (*methods, "llm"):
+    for method in methods:
         success[method] = {}
         for level in goals:
             rates = [rate[level] for m, s, rate in sorted(scores, key=lambda x: x[1]) if m == method]
@@ -483,7 +484,7 @@ PUBLISHED = {"rephrase": 0.45, "easy": 0.35, "hard": 0.09, "offline": 0.60}  # t
 
 def results_table(results):
     """The success table as lines of text."""
-    levels = [level for level in env.LEVELS if level in results["success"]["llm"]]
+    levels = [level for level in env.LEVELS if level in next(iter(results["success"].values()))]
     lines = ["method        " + "".join(f"{level:>16}" for level in levels)]
     for method, row in results["success"].items():
         cells = [f"{row[level]['mean']:.3f}" + (f" +-{row[level]['std']:.3f}" if len(row[level]["seeds"]) > 1 else " " * 8)
@@ -494,13 +495,13 @@ def results_table(results):
 
 def success_figure(results):
     """Success by level and method as an SVG string; error bars are the standard deviation over seeds."""
-    levels = [level for level in env.LEVELS if level in results["success"]["llm"]]
+    levels = [level for level in env.LEVELS if level in next(iter(results["success"].values()))]
     figure, axes = plt.subplots(figsize=(9, 3.6))
     width = 0.85 / len(results["success"])
     for i, (method, row) in enumerate(results["success"].items()):
         x = np.arange(len(levels)) + (i - (len(results["success"]) - 1) / 2) * width
         axes.bar(x, [row[level]["mean"] for level in levels], 0.9 * width, yerr=[row[level]["std"] for level in levels], label=method,
-                 color=plt.cm.tab20((*METHODS, "llm").index(method)), capsize=2)
+                 color=plt.cm.tab20(METHODS.index(method)), capsize=2)
     for x, level in enumerate(levels):
         axes.hlines(PUBLISHED[level], x - 0.45, x + 0.45, color="gray", linestyle="dotted",
                     label="paper's best (other data, model and sentences)" if x == 0 else None)
@@ -568,7 +569,7 @@ def report(options, state):
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metrics = json.loads((run / "grounded" / "metrics.json").read_text(encoding="utf-8"))
     curves = json.loads((run / "policies" / "curves.json").read_text(encoding="utf-8"))
-    levels = [level for level in env.LEVELS if level in results["success"]["llm"]]
+    levels = [level for level in env.LEVELS if level in next(iter(results["success"].values()))]
     success = html_table(["method", *levels], [
         [method, *(f"{row[v]['mean']:.3f} ± {row[v]['std']:.3f}" for v in levels)] for method, row in results["success"].items()])
     names = sorted({name for figures in results["quality"].values() for name in figures})
@@ -578,7 +579,7 @@ def report(options, state):
     grounding = html_table(["held-out rollouts", "value"], [[k, f"{v:.3f}"] for k, v in results["grounding"].items()])
     settings = html_table(["option", "value"], results["config"].items())
     times = html_table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in results["time_s"].items()])
-    episodes = results["success"]["llm"][levels[0]]["episodes"]
+    episodes = max(row[levels[0]]["episodes"] for row in results["success"].values())
     page = PAGE.format(bars=success_figure(results), curves=curves_figure(metrics["log"], curves), success=success, quality=quality,
                        grounding=grounding, settings=settings, times=times, gallery=gallery(options), episodes=episodes)
     aside = run / "report.html.partial"

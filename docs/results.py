@@ -29,7 +29,7 @@ RUNS = {  # name: (parent, options, stages)
     "brief without consequence": ("brief", ["--tasks", "dynamics,explanation,generation"], ["ground", "imagine"]),
     "brief with random weights": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
     "brief with LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
-    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--self_check", "1",
+    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm,llm", "--seeds", "2", "--self_check", "1",
                             "--rollouts_per_novel_goal", "6"],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
