@@ -88,7 +88,8 @@ OPTIONS = (
     Option("easy_factor", "imagine", (1, 8, 8, 10), "times as many for easy goals, which take one action"),
     Option("temperatures", "imagine", ("1,1.3", "1,1.3", "1,1.3", "1"),
            "of sampled actions, one for each round; later rounds are for goals with few matches"),
-    Option("visited_share", "imagine", (0.5,), "of imagined rollouts that start where the data has been, not in a new state"),
+    Option("visited_share", "imagine", (0.5,),
+           "of imagined rollouts that start in a state the data visited for another goal (counterfactual), not a new one"),
     Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined, as --keep explained, both and "
            "--dynamics_tolerance need"),
     Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
@@ -265,6 +266,8 @@ def split_real(options):
     """(training, held-out) real rollouts: the last twentieth is held out, for the figures of grounding."""
     records = rollout.read_rollouts(options.run / "rollouts" / "real")
     held = max(2, min(1200, len(records) // 20))
+    if len(records) <= held:
+        raise ValueError(f"{options.run / 'rollouts' / 'real'} has {len(records)} rollouts, and {held} are held out; collect more (--train_goals)")
     return records[:-held], records[-held:]
 
 
@@ -275,7 +278,7 @@ def ground_llm(options, state):
     if options.random_weights:
         llm = transformers.AutoModelForCausalLM.from_config(llm.config)
     if options.adapter:
-        adapter = RELEASED if options.adapter == "released" else Path(options.adapter)
+        adapter = adapter_folder(options)
         model = KalmForRollouts.from_adapter(llm, adapter)
         metrics = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
         if state.is_main_process:
@@ -310,6 +313,15 @@ def ground_llm(options, state):
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     shutil.rmtree(options.run / "checkpoints", ignore_errors=True)
+
+
+def adapter_folder(options):
+    """The folder that --adapter names. Raises ValueError if it has no adapter."""
+    folder = RELEASED if options.adapter == "released" else Path(options.adapter)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"--adapter {options.adapter}: {folder} has no adapter_model.safetensors; give the folder grounded/adapter of a run "
+                         "with --lora_rank, or '' to train")
+    return folder
 
 
 def load_grounded(options, state):
@@ -642,6 +654,8 @@ def main(arguments=None):
         options = parse_options(arguments)
         novel_goals(options)
         check_run_folder(options)
+        if options.adapter and "ground" in options.stages:
+            adapter_folder(options)
         options.llm_path = llm_source.resolve(options.llm)
         llm_source.check_layers(options.llm_path, options.keep_layers, "--keep_layers")
         llm_source.check_layers(options.llm_path, options.encoder_layers, "--encoder_layers")

@@ -221,6 +221,7 @@ BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
     "negative rate": (["--rl_learning_rate", "-0.1"], "", "--rl_learning_rate"),
     "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
     "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
+    "no adapter": (["--adapter", "photos"], "", "photos has no adapter_model.safetensors"),
     "filter without check": (["--keep", "explained", "--self_check", "0"], "", "--self_check 1"),
     "unknown method": (["--methods", "bc,sac"], "", "sac"),
     "a method twice": (["--methods", "bc,bc"], "", "--methods"),
@@ -256,6 +257,13 @@ def test_unknown_options_and_values_of_the_wrong_type_exit_with_code_2(tmp_path,
     with pytest.raises(SystemExit) as stopped:
         kalm.main(arguments)
     assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_too_few_rollouts_to_hold_some_out_say_so(smoke_run, tmp_path, capsys):
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    kalm.rollout.write_rollouts(run / "rollouts" / "real", kalm.rollout.read_rollouts(run / "rollouts" / "real")[:2])
+    assert kalm.main([*SMOKE, str(run), "--stage", "ground", "--force"]) == 2
+    assert "has 2 rollouts, and 2 are held out" in capsys.readouterr().err
 
 
 def test_a_damaged_dataset_stops_the_stage_that_reads_it(smoke_run, tmp_path, capsys):
