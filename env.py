@@ -281,13 +281,14 @@ def read_relation(text):
 
 
 def contradicts(text, explanation):
-    """Whether an explanation (B,) names balls that do not fit a goal's text: it needs no judge.
+    """Whether an explanation names balls that do not fit a goal's text: it needs no judge.
 
-    Both balls of an explanation must be among those that the text names; if it names one, that one must be explained.
+    Both balls of an explanation must be among those that the text names; if it names one, that one must be explained. An
+    explanation without a ball contradicts every goal.
     """
     named = {c for c in COLORS if re.search(rf"\b{c}\b", text.lower())}
     explained = {c for c in COLORS if re.search(rf"\b{c}\b", explanation.lower())}
-    return not (explained <= named if len(named) > 1 else named <= explained)
+    return not explained or bool(named) and not (explained <= named if len(named) > 1 else named <= explained)
 
 
 def goal_array(goals):

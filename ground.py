@@ -9,9 +9,7 @@ This file knows nothing of policies, and of CLEVR-Robot only how a goal is worde
 """
 import collections
 import json
-import time
 
-import accelerate
 import numpy as np
 import torch
 import transformers
@@ -26,13 +24,18 @@ PROMPTS = {
     "generation": "Goal: {goal}\nRollout:",
     "consequence": "Goal: {goal}\nFinal state:",
 }
+OTHER_WORDS = {  # examples take turns among these and the one above, so that an answer does not hang on a wording
+    "explanation": ("What did these actions accomplish?", "Say in words what has been done.", "Describe the outcome of this rollout.",
+                    "Which goal does this behavior fulfil?", "Summarize the result for someone who did not watch."),
+}
 UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"  # never trained on, to ask for explanations with
 ROLLOUTS_PER_EXAMPLE = {"dynamics": 2, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
 
 
-def prompt_ids(tokenizer, task, goal=None):
+def prompt_ids(tokenizer, task, goal=None, wording=0):
     """Token ids of a task's prompt, a list of int. goal: text, for the tasks that have one."""
-    return tokenizer(PROMPTS[task].format(goal=goal), add_special_tokens=False)["input_ids"]
+    prompts = (PROMPTS[task], *OTHER_WORDS.get(task, ()))
+    return tokenizer(prompts[wording % len(prompts)].format(goal=goal), add_special_tokens=False)["input_ids"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -51,13 +54,14 @@ def rollout_positions(observations, actions=(), predict=False):
     return positions
 
 
-def make_example(task, tokenizer, rollouts):
+def make_example(task, tokenizer, rollouts, wording=0):
     """One grounding example as a dict of arrays over its L positions; the rollouts share the goal of the first.
 
-    rollouts: records (`env.rollout_record`). Returns input_ids, modality, segments, position_ids, predict, task (L,) and
-    states (L, 10), all as `KalmForRollouts.forward` takes them.
+    rollouts: records (`env.rollout_record`); wording: which of the task's prompts, counted round. Returns input_ids, modality,
+    segments, position_ids, predict, task (L,) and states (L, 10), all as `KalmForRollouts.forward` takes them. Raises
+    ValueError where there are more segments than `SEGMENTS` allows.
     """
-    prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"]))
+    prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
     segments = []
     for row in rollouts:
         obs, actions = row["observations"], row["actions"]
@@ -73,6 +77,8 @@ def make_example(task, tokenizer, rollouts):
             segments.append([(STATE, 0, obs[0], False), (STATE, 0, obs[-1], True)])
     positions = prompt + [p for segment in segments for p in segment]
     lengths = [len(prompt)] + [len(s) for s in segments]
+    if len(lengths) > SEGMENTS:
+        raise ValueError(f"an example holds at most {SEGMENTS - 1} segments, got {len(segments)}; give it fewer or shorter rollouts")
     states = np.zeros((len(positions), env.OBSERVATION_DIM), np.float32)
     for row, (_, _, state, _) in zip(states, positions):
         if state is not None:
@@ -100,7 +106,7 @@ class GroundingExamples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         task, rows = self.examples[index]
-        return make_example(task, self.tokenizer, [self.rollouts[row] for row in rows])
+        return make_example(task, self.tokenizer, [self.rollouts[row] for row in rows], wording=index)
 
 
 def pack(examples, row_length=256):
@@ -174,33 +180,21 @@ class GroundingTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class SaveByTime(transformers.TrainerCallback):
-    """A checkpoint every few minutes, however long a step takes."""
-
-    def __init__(self, minutes=5):
-        self.seconds, self.last = 60 * minutes, time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() - self.last > self.seconds:
-            control.should_save, self.last = True, time.monotonic()
-
-
 def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
           freeze_embeddings=True, bf16=False, tasks=TASKS, seed=0, report_to="none"):
     """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
 
-    Works alone and under `accelerate launch` or torchrun; checkpoints go to output_dir.
+    Works alone and under `accelerate launch` or torchrun; what report_to writes goes to output_dir.
     """
     if freeze_embeddings:  # what the LLM knows of words new to the data stays as it was
         model.get_input_embeddings().weight.requires_grad_(False)
     arguments = transformers.TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_examples, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
-        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", save_total_limit=1, report_to=report_to, seed=seed, data_seed=seed,
+        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", report_to=report_to, seed=seed, data_seed=seed,
         remove_unused_columns=False, dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
     trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks),
-                               data_collator=pack, new_learning_rate=new_learning_rate,
-                               callbacks=[SaveByTime()] if accelerate.PartialState().num_processes == 1 else [])
+                               data_collator=pack, new_learning_rate=new_learning_rate)
     trainer.train()
     return trainer.state.log_history
 

@@ -46,8 +46,6 @@ READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground")
 METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
 SCALES = ("smoke", "cpu", "gpu", "paper")
 
-RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
-
 # ------------------------------------------------------------------------------------------------------------------
 # Options
 
@@ -69,13 +67,13 @@ OPTIONS = (
     Option("rollouts_per_goal", "collect", (4, 6, 6, 6), "expert rollouts tried for each of them"),
     Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
            "smollm2, tiny, a folder or a Hub name of a causal LM"),
-    Option("keep_layers", "ground", (0, 6, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
+    Option("keep_layers", "ground", (0, 4, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
+    Option("fresh_layers", "ground", (0, 2, 0, 0), "the last so many of them start from random weights, above the pre-trained ones"),
     Option("random_weights", "ground", (0,), "1: forget the LLM's weights first, to see what pre-training is worth"),
     Option("lora_rank", "ground", (0,), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
-    Option("adapter", "ground", ("", "released", "", ""), "trained adapter to ground with instead of training: released (data/adapter), a "
-           "folder, or '' to train, as is done if --stage names ground or another option of it is given"),
+    Option("adapter", "ground", ("",), "folder of a trained adapter (grounded/adapter of a run with LoRA) to take instead of training"),
     Option("tasks", "ground", (",".join(TASKS),), "grounding tasks, with commas between"),
-    Option("ground_steps", "ground", (8, 1500, 6000, 40000), "gradient steps of grounding"),
+    Option("ground_steps", "ground", (8, 2800, 6000, 40000), "gradient steps of grounding"),
     Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
     Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
     Option("new_learning_rate", "ground", (1e-3, 1e-3, 1e-3, 1e-3), "of state and action embeddings and heads"),
@@ -96,7 +94,8 @@ OPTIONS = (
     Option("keep", "learn", ("all", "matched", "matched", "matched"),
            "imagined rollouts: matched (goal met), explained (own words fit the goal), both, all"),
     Option("kept_per_goal", "learn", (0,), "at most so many imagined rollouts of a goal; 0: all that are kept"),
-    Option("dynamics_tolerance", "learn", (0.0,), "drop imagined transitions that the dynamics prediction contradicts by more (m); 0: none"),
+    Option("dynamics_tolerance", "learn", (0.0,),
+           "drop imagined transitions that the dynamics prediction contradicts by more (m); 0: none"),
     Option("balance_goals", "learn", (1,), "1: draw imaginary batches goal by goal; 0: transition by transition"),
     Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
     Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM that encode goals; 0: all"),
@@ -135,27 +134,29 @@ def parse_options(arguments):
     unknown = [s for s in options.stage if s not in (*STAGES, "all")]
     if unknown:
         raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, or all")
-    given = {o.name for o in OPTIONS if hasattr(options, o.name)}
-    options.adapter_is_settled = "ground" in options.stage or any(o.stage == "ground" and o.name in given for o in OPTIONS)
-    if options.adapter_is_settled and "adapter" not in given:
-        options.adapter = ""
     for option in OPTIONS:
         if not hasattr(options, option.name):
             setattr(options, option.name, option.default(options.scale))
-        value, least = getattr(options, option.name), 0 if option.name in ZERO_MEANS_ALL else 1
+        value, least = getattr(options, option.name), 0 if option.name in MAY_BE_ZERO else 1
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{option.name} must be at least {least}, got {value}")
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"--{option.name} must be a number from 0 on, got {value}")
+        if option.name in SWITCHES and value > 1:
+            raise ValueError(f"--{option.name} is 0 or 1, got {value}")
     for name, allowed in CHOICES.items():
         found = [getattr(options, name)] if name in ("split", "keep") else getattr(options, name).split(",")
         odd = [value for value in found if value not in allowed]
         if odd or len(set(found)) < len(found):
-            raise ValueError(f"--{name} takes {' or '.join(allowed)}{'' if len(found) == 1 else ', each once'}, got {getattr(options, name)!r}")
+            raise ValueError(f"--{name} takes {' or '.join(allowed)}{', each once' if len(found) > 1 else ''}, got {','.join(found)!r}")
+    if options.fresh_layers and (options.lora_rank or options.adapter):
+        raise ValueError("an adapter adds to the LLM's own layers; with --lora_rank or --adapter give --fresh_layers 0")
     if not options.self_check and (options.keep in ("explained", "both") or options.dynamics_tolerance):
         raise ValueError(f"--keep {options.keep} with --dynamics_tolerance {options.dynamics_tolerance} needs --self_check 1")
     if options.imaginary_share >= 1:
         raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
+    if options.visited_share > 1:
+        raise ValueError(f"--visited_share must be at most 1, got {options.visited_share}")
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
     try:
@@ -171,7 +172,8 @@ def parse_options(arguments):
 
 CHOICES = {"split": ("validation", "test"), "keep": ("matched", "explained", "both", "all"), "tasks": TASKS,
            "methods": METHODS}
-ZERO_MEANS_ALL = ("keep_layers", "lora_rank", "encoder_layers", "kept_per_goal", "random_weights", "balance_goals", "self_check")
+SWITCHES = ("random_weights", "self_check", "balance_goals")
+MAY_BE_ZERO = ("keep_layers", "fresh_layers", "lora_rank", "encoder_layers", "kept_per_goal", *SWITCHES)
 
 
 def check_run_folder(options):
@@ -182,8 +184,6 @@ def check_run_folder(options):
     if run.is_dir() and any(run.iterdir()) and not (run / "manifest.json").is_file():
         raise ValueError(f"--output_dir {run} has files but no manifest.json, so it is not a KALM run; give a new folder")
     done = read_manifest(run)["stages"]
-    if "ground" in done and not options.adapter_is_settled:
-        options.adapter = done["ground"]["options"].get("adapter", "")  # what this run trained, it keeps
     for stage in options.stages:
         for needed in READS[stage]:
             if needed not in options.stages and needed not in done:
@@ -192,7 +192,7 @@ def check_run_folder(options):
     for stage in sorted({s for stage in options.stages for s in follows_from(stage)} - set(options.stages), key=STAGES.index):
         given = stage_options(stage, options)
         for name, value in done.get(stage, {"options": {}})["options"].items():
-            if value != given[name]:
+            if name in given and name != "adapter_sha256" and value != given[name]:
                 raise ValueError(f"stage {stage!r} was run with --{name} {value}, and this command has {given[name]}; "
                                  f"repeat that option, or name {stage!r} in --stage too")
 
@@ -233,10 +233,13 @@ def read_manifest(run):
 
 
 def stage_options(stage, options):
-    """The options that a stage's result follows from; a goals file counts by its content."""
+    """The options that a stage's result follows from; a goals file and an adapter count by their content."""
     own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
     if own.get("goals"):
         own["goals"] = hashlib.sha256(Path(options.goals).read_bytes()).hexdigest()
+    if own.get("adapter"):
+        files = (adapter_folder(options) / name for name in ("adapter_model.safetensors", "new_layers.safetensors"))
+        own["adapter_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
     return {"seed": options.seed, **own}
 
 
@@ -267,14 +270,17 @@ def split_real(options):
     records = rollout.read_rollouts(options.run / "rollouts" / "real")
     held = max(2, min(1200, len(records) // 20))
     if len(records) <= held:
-        raise ValueError(f"{options.run / 'rollouts' / 'real'} has {len(records)} rollouts, and {held} are held out; collect more (--train_goals)")
+        raise ValueError(f"{options.run / 'rollouts' / 'real'} has {len(records)} rollouts, and {held} are held out; "
+                         "collect more (--train_goals)")
     return records[:-held], records[-held:]
 
 
 def ground_llm(options, state):
-    """The LLM, fine-tuned on the real rollouts or with --adapter added -> grounded/, a from_pretrained folder with metrics.json."""
+    """The LLM, fine-tuned on the real rollouts, or with --adapter added -> grounded/, a from_pretrained folder with metrics.json."""
     records, held_out = split_real(options)
     llm, tokenizer = llm_source.load(options.llm_path, options.keep_layers, options.seed)
+    if options.fresh_layers:
+        llm_source.forget_layers(llm, options.fresh_layers, options.seed)
     if options.random_weights:
         llm = transformers.AutoModelForCausalLM.from_config(llm.config)
     if options.adapter:
@@ -282,12 +288,12 @@ def ground_llm(options, state):
         model = KalmForRollouts.from_adapter(llm, adapter)
         metrics = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
         if state.is_main_process:
-            print(f"  with the adapter in {adapter}; `--stage ground` trains one instead")
+            print(f"  with the adapter in {adapter}")
     else:
         model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
                                          seed=options.seed, **ground.observation_statistics(records))
         log = ground.train(
-            model, tokenizer, records, options.run / "checkpoints", steps=options.ground_steps, batch_examples=options.batch_examples,
+            model, tokenizer, records, options.run / "logs", steps=options.ground_steps, batch_examples=options.batch_examples,
             learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
             tasks=options.tasks.split(","), seed=options.seed, report_to=options.report_to)
         metrics = {"log": [entry for entry in log if "loss" in entry]}
@@ -312,15 +318,17 @@ def ground_llm(options, state):
     ground.write_json(aside / "metrics.json", metrics)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    shutil.rmtree(options.run / "checkpoints", ignore_errors=True)
 
 
 def adapter_folder(options):
     """The folder that --adapter names. Raises ValueError if it has no adapter."""
-    folder = RELEASED if options.adapter == "released" else Path(options.adapter)
+    folder = Path(options.adapter)
+    if (options.run / "grounded").resolve() in folder.resolve().parents:
+        raise ValueError(f"--adapter {options.adapter}: ground would replace {options.run / 'grounded'}; copy the adapter elsewhere, "
+                         "or give another --output_dir")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"--adapter {options.adapter}: {folder} has no adapter_model.safetensors; give the folder grounded/adapter of a run "
-                         "with --lora_rank, or '' to train")
+        raise ValueError(f"--adapter {options.adapter}: {folder} has no adapter_model.safetensors; give the folder grounded/adapter "
+                         "of a run with --lora_rank, or '' to train")
     return folder
 
 
@@ -427,7 +435,8 @@ def learn(options, state):
         algorithm, _, source = method.partition("+")
         extra = [rl.Buffer(rows, table, state.device, balanced=bool(options.balance_goals), dynamics_tolerance=options.dynamics_tolerance)
                  for rows in sources[source].values() if rows]
-        network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, method)
+        extra = [imaginary for imaginary in extra if len(imaginary)]
+        network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, description=method)
         rl.save_policy(aside / f"{method}.safetensors", network, seeds, method, config)
         curves.append((method, curve))
     curves = dict(gather_object(curves))
@@ -632,12 +641,15 @@ RUN_STAGE = dict(zip(STAGES, (collect, ground_llm, imagine, learn, evaluate, rep
 def print_plan(options, todo):
     """Sizes and a rough time before a long run; the rates are those of two CPU cores and SmolLM2."""
     layers = (options.keep_layers or 30) / 8 if options.llm != "tiny" else 0.02
+    rounds, policies = len(options.temperatures.split(",")), len([m for m in options.methods.split(",") if m != "llm"])
+    rollouts = rounds * options.novel_goals * options.rollouts_per_novel_goal
+    actions = rollouts * (1.6 * options.max_steps + options.easy_factor)
     seconds = {
         "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,
-        "ground": 20 if options.adapter else options.ground_steps * options.batch_examples / 32 * 0.9 * layers,
-        "imagine": 3 * options.novel_goals * options.rollouts_per_novel_goal * options.max_steps * 0.0012 * layers,
-        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.084,
-        "evaluate": options.episodes * (options.seeds * 0.22 + 0.15 * layers), "report": 10}
+        "ground": 20 if options.adapter else 30 + options.ground_steps * options.batch_examples / 32 * 0.9 * layers,
+        "imagine": actions * 0.0016 * layers + options.self_check * rollouts * (2 + options.easy_factor) * 0.01 * layers,
+        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.012 * policies,
+        "evaluate": options.episodes * (options.seeds * 0.037 * policies + 0.15 * layers), "report": 10}
     print(f"KALM, scale {options.scale}, {options.llm} -> {options.run}")
     for stage in options.stages:
         sizes = ", ".join(f"{o.name} {getattr(options, o.name)}" for o in OPTIONS if o.stage == stage and getattr(options, o.name) != "")
@@ -658,6 +670,7 @@ def main(arguments=None):
             adapter_folder(options)
         options.llm_path = llm_source.resolve(options.llm)
         llm_source.check_layers(options.llm_path, options.keep_layers, "--keep_layers")
+        llm_source.check_layers(options.llm_path, options.fresh_layers, "--fresh_layers", options.keep_layers)
         llm_source.check_layers(options.llm_path, options.encoder_layers, "--encoder_layers")
         if options.encoder != "llm":
             llm_source.resolve(options.encoder, "--encoder")

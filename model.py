@@ -140,8 +140,8 @@ class KalmForRollouts(PreTrainedModel):
         """A causal LM with the layers and LoRA that `save_adapter` wrote. Raises ValueError if they do not fit together."""
         folder = Path(folder)
         model = cls(KalmConfig.from_pretrained(folder))
-        for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-            theirs, ours = (getattr(c.get_text_config(), name) for c in (model.config.backbone_config, llm.config))
+        for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            theirs, ours = (getattr(c.get_text_config(), name, None) for c in (model.config.backbone_config, llm.config))
             if theirs != ours:
                 raise ValueError(f"{folder} was made for a language model with {name} {theirs}, and this one has {ours}")
         model._copy_backbone(llm)
@@ -168,9 +168,8 @@ class KalmForRollouts(PreTrainedModel):
     def _copy_backbone(self, llm):
         weights = llm.state_dict()
         for name, parameter in self.backbone.state_dict().items():
-            source = weights.get(name.replace(".base_layer", ""))
-            if source is not None:
-                parameter.copy_(source)
+            if ".lora_" not in name:
+                parameter.copy_(weights[name.replace(".base_layer", "")])
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()

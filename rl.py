@@ -199,7 +199,7 @@ def policy_input(obs, goal, table):
     return torch.cat([obs / 0.3, table[goal]], -1)
 
 
-def learn(algorithm, real, imaginary, table, seeds, config, on_step=None, description=""):
+def learn(algorithm, real, imaginary, table, seeds, config, description=""):
     """Train one policy a seed, all at once. algorithm: "bc" or "cql"; real: Buffer; imaginary: list of Buffers.
 
     table: (goals, hidden) encodings. Returns the trained SeededMLP and its learning curve, a list of (step, loss).
@@ -258,8 +258,8 @@ def policy_of(network, seed_index, table, goal_rows):
 def relabel(records, goals, count, rng, pool=6000):
     """The control without a language model: real rollouts, cut and renamed for novel goals that they happen to fulfil.
 
-    records: real rollouts; goals: novel ones; count: how many to make, spread evenly over the goals that any rollout
-    fulfils (fewer than count if none does). Step goals are judged by the action,
+    records: real rollouts, of which `pool` are looked at; goals: novel ones; count: how many to make, spread evenly over the
+    goals that any rollout fulfils, fewer where there are no more. Step goals are judged by the action,
     as in the environment.
     """
     chosen = [records[i] for i in rng.permutation(len(records))[:pool]]

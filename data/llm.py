@@ -108,11 +108,11 @@ def _from_wheel():
     return tokenizer, model
 
 
-def check_layers(name, keep_layers, option):
-    """Raise ValueError if a resolved LLM has fewer layers than an option asks for."""
-    layers = 2 if name == TINY else transformers.AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
-    if keep_layers > layers:
-        raise ValueError(f"{option} {keep_layers}: {name} has {layers} layers; give at most as many, or 0 for all")
+def check_layers(name, count, option, kept=0):
+    """Raise ValueError if a resolved LLM, of which the first `kept` layers are kept (0: all), has fewer than an option asks for."""
+    layers = kept or (2 if name == TINY else transformers.AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers)
+    if count > layers:
+        raise ValueError(f"{option} {count}: {name} has {layers} layers{' that are kept' if kept else ''}; give at most as many")
 
 
 def load(name, keep_layers=0, seed=0):
@@ -131,6 +131,16 @@ def load(name, keep_layers=0, seed=0):
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     transformers.logging.set_verbosity(level)
     return model, transformers.AutoTokenizer.from_pretrained(name)
+
+
+def forget_layers(llm, count, seed=0):
+    """Start the last `count` layers of a causal LM, and the norm after them, from random weights, in place."""
+    torch.manual_seed(seed)
+    fresh, layers = transformers.AutoModelForCausalLM.from_config(llm.config).state_dict(), llm.config.get_text_config().num_hidden_layers
+    stack = next(name for name, part in llm.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers)
+    after = [f"{stack}.{i}." for i in range(layers - count, layers)]
+    names = [k for k in fresh if k.startswith(tuple(after)) or not k.startswith(stack) and ("norm" in k or "ln_f" in k)]
+    llm.load_state_dict({k: fresh[k] for k in names}, strict=False)
 
 
 def tiny(seed=0):

@@ -18,7 +18,7 @@ import kalm  # noqa: E402
 from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
 ONE_ROUND = ["--novel_goals", "160", "--rollouts_per_novel_goal", "3", "--temperatures", "1", "--visited_share", "0"]
-BRIEF = ["--adapter", "", "--keep_layers", "4", "--ground_steps", "320", *ONE_ROUND]
+BRIEF = ["--ground_steps", "320", *ONE_ROUND]
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
 RUNS = {  # name: (parent, options, stages)
@@ -27,8 +27,9 @@ RUNS = {  # name: (parent, options, stages)
     "brief without dynamics": ("brief", ["--tasks", "explanation,generation,consequence"], ["ground", "imagine"]),
     "brief without explanation": ("brief", ["--tasks", "dynamics,generation,consequence"], ["ground", "imagine"]),
     "brief without consequence": ("brief", ["--tasks", "dynamics,explanation,generation"], ["ground", "imagine"]),
-    "brief with random weights": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
-    "brief with LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
+    "brief, all pre-trained": ("brief", ["--fresh_layers", "0"], ["ground", "imagine"]),
+    "brief, LoRA": ("brief, all pre-trained", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
+    "brief, all random": ("brief", ["--fresh_layers", "0", "--random_weights", "1"], ["ground", "imagine"]),
     "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm,llm", "--seeds", "2", "--self_check", "1",
                             "--rollouts_per_novel_goal", "6"],
                    ["imagine", "learn", "evaluate"]),
@@ -39,7 +40,8 @@ RUNS = {  # name: (parent, options, stages)
     **{f"kept {n}": ("validation", ["--kept_per_goal", n, "--methods", "bc+kalm"], ["learn", "evaluate"]) for n in ("1", "5")},
     "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
-PAPER = {"match": (None, 0.85, 0.36, 0.28), "action_match": (None, None, 0.30, None), "off_table": (None, 0.184, 0.0, 0.043), "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
+PAPER = {"match": (None, 0.85, 0.36, 0.28), "action_match": (None, None, 0.30, None), "off_table": (None, 0.184, 0.0, 0.043),
+         "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
 
 
 def options_of(name):
@@ -47,13 +49,23 @@ def options_of(name):
     return [*(options_of(parent) if parent else ["--scale", "cpu"]), *options]
 
 
+def is_stale(folder, source, stages):
+    """Whether a run's folder was copied from its parent's before the stages that it builds on were redone there."""
+    needed = {n for stage in stages if stage != "all" for n in kalm.follows_from(stage)} - set(stages)
+    ours, theirs = (kalm.read_manifest(f)["stages"] for f in (folder, source))
+    return any(ours.get(n, {}).get("fingerprint") != theirs.get(n, {}).get("fingerprint") for n in needed)
+
+
 def run(name, folder):
     """One run, from its parent's folder (hard links: every stage writes anew and renames)."""
     parent, _, stages = RUNS[name]
-    if not folder.exists() and parent:
+    source = folder.parent / str(parent).replace(" ", "_")
+    if parent and folder.exists() and is_stale(folder, source, stages):
+        shutil.rmtree(folder)
+    if parent and not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder.parent / parent.replace(" ", "_"), partial, copy_function=os.link)
+        shutil.copytree(source, partial, copy_function=os.link)
         for path in ("results.json", "report.html"):
             (partial / path).unlink(missing_ok=True)
         partial.rename(folder)
@@ -108,7 +120,10 @@ def grounding_rows(folder, names):
 
 def page(folder, target=ROOT):
     """RESULTS.md from the run folders, and its pictures in docs/, both below target. Runs that are missing leave no rows."""
-    results, quality, checks = load(folder, "main", "results.json"), load(folder, "main", "quality.json"), load(folder, "validation", "quality.json")
+    results, quality = load(folder, "main", "results.json"), load(folder, "main", "quality.json")
+    if not results:
+        sys.exit(f"{folder} has no finished run 'main', which the page is about; run `python docs/results.py --only main`")
+    checks, brief = (load(folder, name, "quality.json") for name in ("validation", "brief"))
     metrics, curves = load(folder, "main", "grounded/metrics.json"), load(folder, "main", "policies/curves.json")
     (target / "docs" / "curves.svg").write_text(kalm.curves_figure(metrics["log"], curves), encoding="utf-8")
     (target / "docs" / "success.svg").write_text(kalm.success_figure(results), encoding="utf-8")
@@ -118,25 +133,30 @@ def page(folder, target=ROOT):
     explained.append(["*paper (keywords), both prompts*", "> .85", "> .85", "", "", ""])
     learn_names = {
         "validation": "default", **{f"keep {k}": f"kept: {JUDGED[k]}" for k in list(JUDGED)[1:]},
-        "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m", "unbalanced": "drawn by transition, not by goal",
-        "new starts": "imagined from new starts alone", "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
+        "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m",
+        "unbalanced": "drawn by transition, not by goal", "new starts": "no counterfactual goals: imagined from new starts alone",
+        "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
         "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
-    ground_names = {"brief": "all four tasks, pre-trained, all weights", **{f"brief {x}": x for x in (
-        "without dynamics", "without explanation", "without consequence", "with random weights", "with LoRA")}}
+    ground_names = {"brief": "two pre-trained layers below two fresh ones, all four tasks", **{f"brief {x}": x for x in (
+        "without dynamics", "without explanation", "without consequence")}, "brief, all pre-trained": "four pre-trained layers",
+        "brief, LoRA": "four pre-trained layers, LoRA of rank 64", "brief, all random": "four random layers and token embeddings"}
     text = (ROOT / "docs" / "results_template.md").read_text(encoding="utf-8").format(
         success=table(["success rate", *LEVELS, "novel mean", "episodes"], success_rows(results)),
         quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, {
-            "match": "match", "executed": "succeed when their actions are played in the physics", "executed_of_matched": "the same, of those that match",
-            "action_match": "action alone matches", "off_table": "transitions off the table", "beyond_dynamics": "transitions beyond dynamics",
-            "actions": "actions"})),
+            "match": "match", "executed": "succeed when their actions are played in the physics",
+            "executed_of_matched": "the same, of those that match", "action_match": "action alone matches",
+            "off_table": "transitions off the table", "beyond_dynamics": "transitions beyond dynamics", "actions": "actions"})),
         checks="" if not checks else table(["imagined rollouts", *LEVELS], quality_rows(checks, {
             "match": "match", "explained": "own explanation fits the goal", "match_of_explained": "match, of those that fit",
             "dynamics_error": "contradiction to the dynamics prediction, m"})),
         explained=table(["asked with", "source", "target", "direction", "all three", "holds in the final state"], explained),
-        grounding=", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in metrics.items() if k in ("action_accuracy", "state_error", "state_error_nothing_moves")),
+        grounding=", ".join(f"{k.replace('_', ' ')} {number(metrics[k])}" for k in (
+            "action_accuracy", "state_error", "state_error_nothing_moves")),
+        counts="" if not brief else ", ".join(f"{v} {brief[v]['rollouts']:.0f}" for v in LEVELS),
         ablation=table(["`bc+kalm`, validation goals", *LEVELS, "novel mean"], ablation_rows(folder, learn_names)),
-        tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"], grounding_rows(folder, ground_names)),
-        minutes=table(["stage", *times, "all"], [["minutes", *(f"{t / 60:.1f}" for t in times.values()), f"{sum(times.values()) / 60:.1f}"]]))
+        tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"],
+                    grounding_rows(folder, ground_names)),
+        minutes=table(["stage", *times, "all"], [["minutes", *(f"{t / 60:.1f}" for t in (*times.values(), sum(times.values())))]]))
     (target / "RESULTS.md").write_text(text, encoding="utf-8")
 
 

@@ -1,6 +1,8 @@
 """Where language models come from: the real default one, what is said when it cannot be had, the tiny one."""
 import pytest
 import torch
+import transformers
+from test_model import TINY_LLMS
 
 from data import llm
 
@@ -21,6 +23,24 @@ def test_the_default_llm_can_be_fetched_and_knows_english():
     assert cut.config.num_hidden_layers == 2 and len(cut.base_model.layers) == 2
     whole = model.state_dict()
     assert all(torch.equal(weight, whole[name]) for name, weight in cut.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TINY_LLMS)
+def test_forgotten_layers_start_anew_above_those_that_stay(name):
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)  # so that norms, too, have something to forget
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    llm.forget_layers(model, 1, seed=7)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    upper = {k for k in before if ".1." in k and "rotary" not in k}
+    last_norm = {k for k in before if not any(part in k for part in (".0.", ".1.")) and ("norm" in k or "ln_f" in k)}
+    assert last_norm and changed == upper | last_norm
+    again = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
+    llm.forget_layers(again, 1, seed=7)
+    assert all(torch.equal(model.state_dict()[k], again.state_dict()[k]) for k in changed)
 
 
 def failing(*_):

@@ -193,7 +193,7 @@ def test_an_adapter_for_another_language_model_is_refused(tmp_path):
     model, _ = with_adapter(3)
     model.save_adapter(tmp_path)
     other = transformers.AutoModelForCausalLM.from_config(TINY_LLMS["qwen2"]())
-    with pytest.raises(ValueError, match="hidden_size 64, and this one has 32"):
+    with pytest.raises(ValueError, match="model_type llama, and this one has qwen2"):
         KalmForRollouts.from_adapter(other, tmp_path)
     (tmp_path / "new_layers.safetensors").unlink()
     save_file({"state_head.0.bias": torch.zeros(512)}, tmp_path / "new_layers.safetensors")

@@ -177,10 +177,11 @@ def test_quality_of_hand_made_rollouts():
                record(near, [0, 8], (0, 0.1, 0), (2, 0.55, 0.4))]  # jumps right of blue: match, but not in the physics
     assert [r["success"] for r in records] == [True, False, False, True]
     assert rollout.quality(records) == pytest.approx({
-        "rollouts": 4, "match": 2 / 4, "executed": 2 / 4, "executed_of_matched": 1 / 2, "actions": 5 / 4, "off_table": 1 / 5, "beyond_dynamics": 2 / 5,
-        "action_match": 2 / 3})
+        "rollouts": 4, "match": 2 / 4, "executed": 2 / 4, "executed_of_matched": 1 / 2, "actions": 5 / 4, "off_table": 1 / 5,
+        "beyond_dynamics": 2 / 5, "action_match": 2 / 3})
     assert "action_match" not in rollout.quality(records[3:])
-    for r, said, error in zip(records, ("Green went left.", "Red went left.", "Green, red.", "Green beside red."), ([0], [0.2], [0], [0, 0.3])):
+    words, errors = ("Green went left.", "Red went left.", "Green, red.", "Green beside red."), ([0], [0.2], [0], [0, 0.3])
+    for r, said, error in zip(records, words, errors):
         r.update(explanation=said, dynamics_error=np.array(error))
     figures = rollout.quality(records)
     assert [figures[k] for k in ("explained", "match_of_explained", "dynamics_error")] == pytest.approx([2 / 4, 1 / 2, 0.1])
