@@ -1,10 +1,15 @@
 """Where language models come from: the real default one, what is said when it cannot be had, the tiny one."""
+import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ROOT, expert_rollouts
 from test_model import TINY_LLMS
 
+import env
+import ground
 from data import llm
+from model import KalmForRollouts
 
 
 def test_the_default_llm_can_be_fetched_and_knows_english():
@@ -23,6 +28,21 @@ def test_the_default_llm_can_be_fetched_and_knows_english():
     assert cut.config.num_hidden_layers == 2 and len(cut.base_model.layers) == 2
     whole = model.state_dict()
     assert all(torch.equal(weight, whole[name]) for name, weight in cut.state_dict().items())
+
+
+def test_the_adapter_of_this_repository_is_small_and_fits_the_default_llm():
+    folder = ROOT / "data" / "adapter"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2 ** 20
+    try:
+        source = llm.resolve("smollm2")
+    except ValueError as error:
+        pytest.skip(f"the default LLM is not cached, and no network gives it: {error}")
+    language_model, tokenizer = llm.load(source, keep_layers=6)
+    model = KalmForRollouts.from_adapter(language_model, folder).eval()
+    goal = env.Goal("Push the red ball behind the blue ball.", relations=((0, 1, 0),))
+    records = expert_rollouts([goal] * 4, np.random.default_rng(0))
+    metrics = ground.evaluate(model, tokenizer, records)
+    assert metrics["state_error"] < 0.6 * metrics["state_error_nothing_moves"] and metrics["action_accuracy"] > 0.3
 
 
 @pytest.mark.parametrize("name", TINY_LLMS)
