@@ -263,9 +263,12 @@ def sample_goals(level, split, n, rng):
 
 
 def canonical_text(goal):
-    """The plainest sentence for a relation goal: what the grounded model is taught to answer when it explains."""
+    """A plain sentence for a relation goal: what the grounded model is taught to answer when it explains.
+
+    Both balls come before the direction, which can only be told once they are known.
+    """
     (a, b, d), = goal.relations
-    return f"The {COLORS[a]} ball is {goal_patterns()['phrases']['of'][DIRECTIONS[d]]} the {COLORS[b]} ball."
+    return f"The {COLORS[a]} ball is near the {COLORS[b]} ball, {goal_patterns()['phrases']['of'][DIRECTIONS[d]]} it."
 
 
 @functools.cache
@@ -427,16 +430,18 @@ def expert_actions(goal, obs):
 # ------------------------------------------------------------------------------------------------------------------
 # Episodes
 
+def fulfilled_at_start(array, obs):
+    """Which goals (see `goal_array`) observations (B, 10) fulfil before any action, as step goals never do: (B,) bool."""
+    return (array[:, 0] != KINDS.index("step")) & success(array, obs, obs, np.zeros(len(obs), int))
+
+
 def unfulfilled_states(rng, goals):
     """A start for each goal that does not fulfil it yet: (len(goals), 69)."""
     array = goal_array(goals)
     states = initial_states(rng, len(array))
-    while True:
-        obs = observe(states)
-        fulfilled = (array[:, 0] != KINDS.index("step")) & success(array, obs, obs, np.zeros(len(obs), int))
-        if not fulfilled.any():
-            return states
+    while (fulfilled := fulfilled_at_start(array, observe(states))).any():
         states[fulfilled] = initial_states(rng, fulfilled.sum())
+    return states
 
 
 def unfulfilled_observations(rng, goals, observations):
@@ -444,7 +449,7 @@ def unfulfilled_observations(rng, goals, observations):
     array = goal_array(goals)
     chosen = observations[rng.integers(len(observations), size=len(array))]
     for _ in range(100):
-        fulfilled = (array[:, 0] != KINDS.index("step")) & success(array, chosen, chosen, np.zeros(len(chosen), int))
+        fulfilled = fulfilled_at_start(array, chosen)
         if not fulfilled.any():
             break
         chosen[fulfilled] = observations[rng.integers(len(observations), size=fulfilled.sum())]

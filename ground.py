@@ -32,10 +32,15 @@ UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"  # never trai
 ROLLOUTS_PER_EXAMPLE = {"dynamics": 2, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
 
 
+def text_ids(tokenizer, text):
+    """Token ids of a text, without the tokenizer's special ones."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def prompt_ids(tokenizer, task, goal=None, wording=0):
     """Token ids of a task's prompt, a list of int. goal: text, for the tasks that have one."""
     prompts = (PROMPTS[task], *OTHER_WORDS.get(task, ()))
-    return tokenizer(prompts[wording % len(prompts)].format(goal=goal), add_special_tokens=False)["input_ids"]
+    return text_ids(tokenizer, prompts[wording % len(prompts)].format(goal=goal))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ def make_example(task, tokenizer, rollouts, wording=0):
             segments += [[(STATE, 0, s, False), (ACTION, a, s, False), (STATE, 0, n, True)]
                          for s, a, n in zip(obs[:-1], actions, obs[1:])]
         elif task == "explanation":
-            answer = tokenizer(" " + env.canonical_text(env.goal_of(row)), add_special_tokens=False)["input_ids"]
+            answer = text_ids(tokenizer, " " + env.canonical_text(env.goal_of(row)))
             segments.append(rollout_positions(obs, actions) + text_positions([*answer, tokenizer.eos_token_id], predict=True))
         elif task == "generation":
             segments.append(rollout_positions(obs, actions, predict=True))

@@ -45,6 +45,7 @@ READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground")
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
 METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
 SCALES = ("smoke", "cpu", "gpu", "paper")
+RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
 
 # ------------------------------------------------------------------------------------------------------------------
 # Options
@@ -67,16 +68,18 @@ OPTIONS = (
     Option("rollouts_per_goal", "collect", (4, 6, 6, 6), "expert rollouts tried for each of them"),
     Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
            "smollm2, tiny, a folder or a Hub name of a causal LM"),
-    Option("keep_layers", "ground", (0, 4, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
-    Option("fresh_layers", "ground", (0, 2, 0, 0), "the last so many of them start from random weights, above the pre-trained ones"),
+    Option("keep_layers", "ground", (0, 6, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
+    Option("fresh_layers", "ground", (0,), "the last so many of them start from random weights, above the pre-trained ones"),
     Option("random_weights", "ground", (0,), "1: forget the LLM's weights first, to see what pre-training is worth"),
-    Option("lora_rank", "ground", (0,), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
-    Option("adapter", "ground", ("",), "folder of a trained adapter (grounded/adapter of a run with LoRA) to take instead of training"),
+    Option("lora_rank", "ground", (0, 64, 0, 0), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
+    Option("adapter", "ground", ("", "released", "", ""), "trained adapter to take instead of training: released (data/adapter, unless another "
+           "option of ground is given or --stage names ground), a folder (grounded/adapter of a run with LoRA), '' to train"),
+    Option("adapter_steps", "ground", (0,), "gradient steps to train the adapter on with"),
     Option("tasks", "ground", (",".join(TASKS),), "grounding tasks, with commas between"),
-    Option("ground_steps", "ground", (8, 2800, 6000, 40000), "gradient steps of grounding"),
+    Option("ground_steps", "ground", (8, 3300, 6000, 40000), "gradient steps of grounding without an adapter"),
     Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
     Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
-    Option("new_learning_rate", "ground", (1e-3, 1e-3, 1e-3, 1e-3), "of state and action embeddings and heads"),
+    Option("new_learning_rate", "ground", (1e-3, 1.5e-3, 1e-3, 1e-3), "of LoRA, and of state and action embeddings and heads"),
     Option("embedding_scale", "ground", (7.0,), "start of the new embeddings, in units of the LLM's token embeddings"),
     Option("report_to", "ground", ("none",), "tensorboard, wandb, ... as in transformers"),
     Option("goals", "imagine", ("",), "file of novel goals, one JSON object a line, instead of the built-in ones"),
@@ -84,8 +87,9 @@ OPTIONS = (
     Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
     Option("rollouts_per_novel_goal", "imagine", (2, 12, 20, 50), "imagined rollouts for each of them, in each round"),
     Option("easy_factor", "imagine", (1, 8, 8, 10), "times as many for easy goals, which take one action"),
-    Option("temperatures", "imagine", ("1,1.3", "1,1.3", "1,1.3", "1"),
-           "of sampled actions, one for each round; later rounds are for goals with few matches"),
+    Option("temperatures", "imagine", ("1,1.3", "1,1,1.2,1.2,1.4,1.4", "1,1,1.2,1.2,1.4,1.4", "1"),
+           "of sampled actions, one for each round; later rounds are for goals with too few matches"),
+    Option("enough_matches", "imagine", (4, 24, 24, 1), "imagined rollouts that meet a goal, from which on later rounds leave it out"),
     Option("visited_share", "imagine", (0.5,),
            "of imagined rollouts that start in a state the data visited for another goal (counterfactual), not a new one"),
     Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined, as --keep explained, both and "
@@ -134,6 +138,10 @@ def parse_options(arguments):
     unknown = [s for s in options.stage if s not in (*STAGES, "all")]
     if unknown:
         raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, or all")
+    given = {o.stage for o in OPTIONS if hasattr(options, o.name)}
+    options.adapter_is_settled = "ground" in given or "ground" in options.stage
+    if options.adapter_is_settled and not hasattr(options, "adapter"):
+        options.adapter = ""
     for option in OPTIONS:
         if not hasattr(options, option.name):
             setattr(options, option.name, option.default(options.scale))
@@ -149,8 +157,8 @@ def parse_options(arguments):
         odd = [value for value in found if value not in allowed]
         if odd or len(set(found)) < len(found):
             raise ValueError(f"--{name} takes {' or '.join(allowed)}{', each once' if len(found) > 1 else ''}, got {','.join(found)!r}")
-    if options.fresh_layers and (options.lora_rank or options.adapter):
-        raise ValueError("an adapter adds to the LLM's own layers; with --lora_rank or --adapter give --fresh_layers 0")
+    if (options.fresh_layers or options.random_weights) and (options.lora_rank or options.adapter):
+        raise ValueError("an adapter adds to what the LLM knows; with --fresh_layers or --random_weights give --lora_rank 0 and no --adapter")
     if not options.self_check and (options.keep in ("explained", "both") or options.dynamics_tolerance):
         raise ValueError(f"--keep {options.keep} with --dynamics_tolerance {options.dynamics_tolerance} needs --self_check 1")
     if options.imaginary_share >= 1:
@@ -173,7 +181,7 @@ def parse_options(arguments):
 CHOICES = {"split": ("validation", "test"), "keep": ("matched", "explained", "both", "all"), "tasks": TASKS,
            "methods": METHODS}
 SWITCHES = ("random_weights", "self_check", "balance_goals")
-MAY_BE_ZERO = ("keep_layers", "fresh_layers", "lora_rank", "encoder_layers", "kept_per_goal", *SWITCHES)
+MAY_BE_ZERO = ("keep_layers", "fresh_layers", "lora_rank", "adapter_steps", "encoder_layers", "kept_per_goal", *SWITCHES)
 
 
 def check_run_folder(options):
@@ -184,6 +192,8 @@ def check_run_folder(options):
     if run.is_dir() and any(run.iterdir()) and not (run / "manifest.json").is_file():
         raise ValueError(f"--output_dir {run} has files but no manifest.json, so it is not a KALM run; give a new folder")
     done = read_manifest(run)["stages"]
+    if "ground" in done and not options.adapter_is_settled:
+        options.adapter = done["ground"]["options"].get("adapter", "")  # what this run trained, it keeps
     for stage in options.stages:
         for needed in READS[stage]:
             if needed not in options.stages and needed not in done:
@@ -283,23 +293,27 @@ def ground_llm(options, state):
         llm_source.forget_layers(llm, options.fresh_layers, options.seed)
     if options.random_weights:
         llm = transformers.AutoModelForCausalLM.from_config(llm.config)
+    steps = options.adapter_steps if options.adapter else options.ground_steps
     if options.adapter:
         adapter = adapter_folder(options)
         model = KalmForRollouts.from_adapter(llm, adapter)
         metrics = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
         if state.is_main_process:
-            print(f"  with the adapter in {adapter}")
+            print(f"  with the adapter in {adapter}; `--stage ground` trains one instead")
     else:
+        metrics = {"log": []}
         model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
                                          seed=options.seed, **ground.observation_statistics(records))
+    if steps:
         log = ground.train(
-            model, tokenizer, records, options.run / "logs", steps=options.ground_steps, batch_examples=options.batch_examples,
+            model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
             learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
             tasks=options.tasks.split(","), seed=options.seed, report_to=options.report_to)
-        metrics = {"log": [entry for entry in log if "loss" in entry]}
+        before = metrics["log"][-1]["step"] if metrics["log"] else 0
+        metrics = {"log": metrics["log"] + [{**entry, "step": before + entry["step"]} for entry in log if "loss" in entry]}
     if not state.is_main_process:
         return
-    if not options.adapter:
+    if steps:
         model.to(state.device)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
             metrics.update(ground.evaluate(model, tokenizer, held_out))
@@ -311,7 +325,7 @@ def ground_llm(options, state):
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    if options.lora_rank and not options.adapter:
+    if model.config.lora_rank and steps:
         (aside / "adapter").mkdir()
         model.save_adapter(aside / "adapter")
         ground.write_json(aside / "adapter" / "metrics.json", metrics)
@@ -322,7 +336,7 @@ def ground_llm(options, state):
 
 def adapter_folder(options):
     """The folder that --adapter names. Raises ValueError if it has no adapter."""
-    folder = Path(options.adapter)
+    folder = RELEASED if options.adapter == "released" else Path(options.adapter)
     if (options.run / "grounded").resolve() in folder.resolve().parents:
         raise ValueError(f"--adapter {options.adapter}: ground would replace {options.run / 'grounded'}; copy the adapter elsewhere, "
                          "or give another --output_dir")
@@ -361,16 +375,17 @@ def imagine(options, state):
 
 
 def imagine_level(options, state, model, tokenizer, level, goals, visited, seed):
-    """Rounds of imagining, one a temperature: the first for all goals alike, each later one twice as often for the half
+    """Rounds of imagining, one a temperature: the first for all goals alike; each later one shares as many rollouts among
 
-    of them that has the fewest matches. Goals of level offline, for comparison, get one rollout each. Returns records by round.
+    the goals with too few matches. Goals of level offline, for comparison, get one rollout each. Returns records by round.
     """
     rng, rounds, matches = np.random.default_rng(seed), [], np.zeros(len(goals), int)
     repeats = {"offline": 1, "easy": options.rollouts_per_novel_goal * options.easy_factor}.get(level, options.rollouts_per_novel_goal)
     for temperature in map(float, options.temperatures.split(",")[:1 if level == "offline" else None]):
-        rows = np.repeat(np.arange(len(goals)), repeats)
-        if rounds:
-            rows = np.repeat(np.argsort(matches, kind="stable")[:-(-len(goals) // 2)], 2 * repeats)
+        short = np.flatnonzero(matches < options.enough_matches)
+        if len(short) == 0:
+            break
+        rows = np.repeat(short, min(4 * repeats, repeats * len(goals) // len(short)))
         wanted = [goals[row] for row in rows]
         starts = env.observe(env.unfulfilled_states(rng, wanted))
         if level != "offline":
@@ -646,7 +661,7 @@ def print_plan(options, todo):
     actions = rollouts * (1.6 * options.max_steps + options.easy_factor)
     seconds = {
         "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,
-        "ground": 20 if options.adapter else 30 + options.ground_steps * options.batch_examples / 32 * 0.9 * layers,
+        "ground": 20 + (options.adapter_steps if options.adapter else options.ground_steps) * options.batch_examples / 32 * 0.9 * layers,
         "imagine": actions * 0.0016 * layers + options.self_check * rollouts * (2 + options.easy_factor) * 0.01 * layers,
         "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.012 * policies,
         "evaluate": options.episodes * (options.seeds * 0.037 * policies + 0.15 * layers), "report": 10}

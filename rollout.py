@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import env
-from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_positions
+from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_ids, text_positions
 from model import ACTION, PAD, STATE, TEXT
 
 TABLE_LOW, TABLE_HIGH = np.array((-0.6, -0.3)), np.array((0.6, 0.7))
@@ -130,7 +130,7 @@ def generate_all(model, tokenizer, goals, observations, *, batch_size=256, state
 def explain(model, tokenizer, records, prompt=PROMPTS["explanation"], max_tokens=24, batch_size=256):
     """What the model says that rollouts achieve, greedily decoded: a text for each record."""
     model.eval()
-    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    asked = text_ids(tokenizer, prompt)
     order, answers = np.argsort([len(r["actions"]) for r in records], kind="stable"), [[] for _ in records]
     for start in tqdm(range(0, len(records), batch_size), desc="explain", disable=len(records) <= batch_size, leave=False):
         running = order[start:start + batch_size]

@@ -33,7 +33,7 @@ def test_each_task_lays_out_prompt_states_and_actions_as_documented(rollouts, ta
         """(modality, index, state, predict) of one word of the table."""
         word, predict = code.rstrip("!"), code.endswith("!")
         if word == "answer":
-            ids = [*tokenizer(" The red ball is behind the blue ball.")["input_ids"], tokenizer.eos_token_id]
+            ids = [*tokenizer(" The red ball is near the blue ball, behind it.")["input_ids"], tokenizer.eos_token_id]
             return [(TEXT, i, np.zeros(10), predict) for i in ids]
         if word.startswith("a"):
             return [(ACTION, record["actions"][int(word[1])], record["observations"][int(word[-1])], predict)]

@@ -1,9 +1,11 @@
 """The command: a whole run, resuming, users' goals, several processes, bad input."""
+import collections
 import json
 import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_kalm
@@ -182,6 +184,44 @@ def test_a_run_grounds_with_the_adapter_of_another(tmp_path):
     assert metrics[0] == metrics[1] and metrics[0]["log"]
     assert kalm.main([*SMOKE, str(served), "--stage", "imagine", "--adapter", adapter]) == 0
     assert kalm.main([*SMOKE, str(trained), "--adapter", adapter]) == 2  # ground would delete what it reads
+    assert kalm.main([*SMOKE, str(served), "--stage", "ground", "--adapter", adapter, "--adapter_steps", "3"]) == 0
+    log = json.loads((served / "grounded" / "adapter" / "metrics.json").read_text())["log"]
+    assert log[:-3] == metrics[0]["log"] and [entry["step"] for entry in log] == list(range(1, 12))
+    further = kalm.load_grounded(kalm.parse_options([*SMOKE, str(served)]), kalm.PartialState())[0].state_dict()
+    moved = {name for name, weight in models[1].state_dict().items() if not torch.equal(weight, further[name])}
+    assert moved and moved <= set(models[1].new_parameters())
+
+
+def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chosen(tmp_path):
+    def adapter_of(*arguments):
+        options = kalm.parse_options(["--scale", "cpu", "--output_dir", str(tmp_path), *arguments])
+        kalm.check_run_folder(options)
+        return options.adapter
+    assert adapter_of() == adapter_of("--stage", "all", "--keep", "all") == "released"
+    assert adapter_of("--stage", "collect", "ground") == adapter_of("--ground_steps", "9") == adapter_of("--llm", "tiny") == ""
+    assert adapter_of("--adapter", "mine", "--adapter_steps", "5") == "mine"
+    trained = {"options": kalm.stage_options("ground", kalm.parse_options(["--scale", "cpu", "--stage", "ground"]))}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "kalm-run", "stages": {
+        "collect": {"options": {}}, "ground": trained}}))
+    assert adapter_of("--stage", "imagine") == ""
+
+
+# -------------------------------------------------------------------------------------------------- rounds of imagining
+
+def test_later_rounds_share_as_many_rollouts_among_goals_with_too_few_matches(monkeypatch):
+    goals, asked = kalm.env.sample_goals("easy", "test", 12, np.random.default_rng(0)), []
+
+    def imagine_some(model, tokenizer, wanted, starts, **options):
+        asked.append(collections.Counter(goals.index(goal) for goal in wanted))
+        assert len(starts) == len(wanted) and options["temperature"] == len(asked)
+        return [{"success": goals.index(goal) < 3 * len(asked), "goal": goal} for goal in wanted]
+    monkeypatch.setattr(kalm.rollout, "generate_all", imagine_some)
+    options = kalm.parse_options(["--scale", "smoke", "--rollouts_per_novel_goal", "4", "--enough_matches", "4", "--self_check", "0",
+                                  "--temperatures", "1,2,3,4,5,6"])
+    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, "easy", goals, np.zeros((3, 10), np.float32), 0)
+    assert asked == [dict.fromkeys(range(3 * n, 12), each) for n, each in enumerate((4, 5, 8, 16))]
+    assert [len(made) for made in rounds] == [48, 45, 48, 48]
+    assert all(r["goal"] is goals[i] for made, counts in zip(rounds, asked) for r, i in zip(made, sorted(counts.elements())))
 
 
 def test_an_exchanged_adapter_is_noticed(tmp_path, stages_run):
@@ -223,7 +263,8 @@ BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
     "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
     "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
     "no adapter": (["--adapter", "photos"], "", "photos has no adapter_model.safetensors"),
-    "fresh layers below an adapter": (["--fresh_layers", "1", "--lora_rank", "2"], "", "--fresh_layers 0"),
+    "fresh layers below an adapter": (["--fresh_layers", "1", "--lora_rank", "2"], "", "--lora_rank 0"),
+    "random weights below an adapter": (["--random_weights", "1", "--adapter", "photos"], "", "no --adapter"),
     "too many fresh layers": (["--llm", "LLM", "--fresh_layers", "3"], "", "2 layers"),
     "more fresh than kept": (["--llm", "LLM", "--keep_layers", "1", "--fresh_layers", "2"], "", "1 layers that are kept"),
     "half a switch": (["--self_check", "2"], "", "--self_check is 0 or 1"),
@@ -304,7 +345,8 @@ def test_chosen_methods_filters_and_fresh_weights_run_through_every_stage(tmp_pa
 
 
 def test_lora_and_another_split_run_through_every_stage(tmp_path):
-    options = ("--lora_rank", "2", "--split", "validation", "--keep", "all", "--temperatures", "0", "--seed", "5", "--train_goals", "12")
+    options = ("--lora_rank", "2", "--split", "validation", "--keep", "all", "--temperatures", "0", "--seed", "5",
+               "--train_goals", "12")
     assert kalm.main([*SMOKE, str(tmp_path / "run"), *options]) == 0
     assert_complete(results_of(tmp_path / "run"))
     model, _ = kalm.load_grounded(kalm.parse_options([*SMOKE, str(tmp_path / "run")]), kalm.PartialState())

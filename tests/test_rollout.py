@@ -151,8 +151,8 @@ def test_explanations_are_right_by_part_and_true_of_the_final_state():
     goal = Goal("Put red left of blue.", relations=((0, 1, 1),))
     final = np.array([-0.3, 0.2, 0, 0.2, 0.02, -0.1, 0.4, 0.5, 0.4, -0.1], np.float32)  # red left of blue, green in front of blue
     record = env.rollout_record(goal, np.array([final, final]), np.array([0]))
-    said = ["The red ball is to the left of the blue ball.", "The green ball is in front of the blue ball.",
-            "The red ball is behind the cyan ball.", "A fine rollout."]
+    said = ["The red ball is near the blue ball, to the left of it.", "The green ball is near the blue ball, in front of it.",
+            "The red ball is near the cyan ball, behind it.", "A fine rollout."]
     assert rollout.explanation_accuracy([record] * 4, said) == {
         "source": 2 / 4, "target": 2 / 4, "direction": 1 / 4, "exact": 1 / 4, "holds": 2 / 4}
 
