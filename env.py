@@ -495,6 +495,19 @@ def rollout_record(goal, observations, actions, states=None, imagined=False):
             "states": None if states is None else np.asarray(states, np.float64)}
 
 
+def rename_balls(record, order):
+    """The same rollout with other names for the balls: ball i becomes order[i]. Exact, since all balls are alike.
+
+    Text, relations, observations and actions change; `states` are dropped.
+    """
+    names = {color: COLORS[new] for color, new in zip(COLORS, order)}
+    observations = np.empty_like(record["observations"])
+    observations.reshape(-1, 5, 2)[:, order] = record["observations"].reshape(-1, 5, 2)
+    return {**record, "goal": re.sub("|".join(COLORS), lambda found: names[found[0]], record["goal"]),
+            "relations": [[names[a], b and names[b], d] for a, b, d in record["relations"]], "observations": observations,
+            "actions": np.asarray(order)[record["actions"] // 8] * 8 + record["actions"] % 8, "states": None}
+
+
 def goal_of(record):
     """The goal of a rollout record or dataset row."""
     return Goal.from_json({"text": record["goal"], **{k: record[k] for k in ("level", "kind", "relations")}})

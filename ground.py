@@ -96,10 +96,13 @@ def make_example(task, tokenizer, rollouts, wording=0):
 
 
 class GroundingExamples(torch.utils.data.Dataset):
-    """All examples of a list of rollout records: grouped by goal text, each group once for every task."""
+    """All examples of a list of rollout records: grouped by goal text, each group once for every task.
 
-    def __init__(self, rollouts, tokenizer, tasks=TASKS):
-        self.rollouts, self.tokenizer = rollouts, tokenizer
+    copies: how often they all come, from the second time on with the names of the balls drawn anew.
+    """
+
+    def __init__(self, rollouts, tokenizer, tasks=TASKS, copies=1, seed=0):
+        self.rollouts, self.tokenizer, self.copies, self.seed = rollouts, tokenizer, copies, seed
         by_goal = collections.defaultdict(list)
         for row, rollout in enumerate(rollouts):
             by_goal[rollout["goal"]].append(row)
@@ -107,11 +110,16 @@ class GroundingExamples(torch.utils.data.Dataset):
                          for i in range(0, len(rows), ROLLOUTS_PER_EXAMPLE[task])]
 
     def __len__(self):
-        return len(self.examples)
+        return len(self.examples) * self.copies
 
     def __getitem__(self, index):
-        task, rows = self.examples[index]
-        return make_example(task, self.tokenizer, [self.rollouts[row] for row in rows], wording=index)
+        copy, number = divmod(index, len(self.examples))
+        task, rows = self.examples[number]
+        rollouts = [self.rollouts[row] for row in rows]
+        if copy:
+            order = np.random.default_rng([self.seed, index]).permutation(len(env.COLORS))
+            rollouts = [env.rename_balls(r, order) for r in rollouts]
+        return make_example(task, self.tokenizer, rollouts, wording=index)
 
 
 def pack(examples, row_length=256):
@@ -186,7 +194,7 @@ class GroundingTrainer(transformers.Trainer):
 
 
 def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
-          freeze_embeddings=True, bf16=False, tasks=TASKS, seed=0, report_to="none"):
+          freeze_embeddings=True, bf16=False, tasks=TASKS, copies=1, seed=0, report_to="none"):
     """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
 
     Works alone and under `accelerate launch` or torchrun; what report_to writes goes to output_dir.
@@ -198,7 +206,7 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
         logging_steps=max(1, min(50, steps // 10)), save_strategy="no", report_to=report_to, seed=seed, data_seed=seed,
         remove_unused_columns=False, dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
-    trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks),
+    trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks, copies, seed),
                                data_collator=pack, new_learning_rate=new_learning_rate)
     trainer.train()
     return trainer.state.log_history

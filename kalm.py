@@ -72,10 +72,12 @@ OPTIONS = (
     Option("fresh_layers", "ground", (0,), "the last so many of them start from random weights, above the pre-trained ones"),
     Option("random_weights", "ground", (0,), "1: forget the LLM's weights first, to see what pre-training is worth"),
     Option("lora_rank", "ground", (0, 64, 0, 0), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
-    Option("adapter", "ground", ("", "released", "", ""), "trained adapter to take instead of training: released (data/adapter, unless another "
-           "option of ground is given or --stage names ground), a folder (grounded/adapter of a run with LoRA), '' to train"),
+    Option("adapter", "ground", ("", "released", "", ""),
+           "trained adapter to take instead of training: released (data/adapter, unless another option of ground is given or --stage "
+           "names ground), a folder (grounded/adapter of a run with LoRA), '' to train"),
     Option("adapter_steps", "ground", (0,), "gradient steps to train the adapter on with"),
     Option("tasks", "ground", (",".join(TASKS),), "grounding tasks, with commas between"),
+    Option("renamed_copies", "ground", (1,), "times that the data come in a pass of training, from the second on with the balls renamed"),
     Option("ground_steps", "ground", (8, 3300, 6000, 40000), "gradient steps of grounding without an adapter"),
     Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
     Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
@@ -85,11 +87,11 @@ OPTIONS = (
     Option("goals", "imagine", ("",), "file of novel goals, one JSON object a line, instead of the built-in ones"),
     Option("split", "imagine", ("test",), "built-in novel goals: validation (to choose options) or test (to report)"),
     Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
-    Option("rollouts_per_novel_goal", "imagine", (2, 12, 20, 50), "imagined rollouts for each of them, in each round"),
-    Option("easy_factor", "imagine", (1, 8, 8, 10), "times as many for easy goals, which take one action"),
-    Option("temperatures", "imagine", ("1,1.3", "1,1,1.2,1.2,1.4,1.4", "1,1,1.2,1.2,1.4,1.4", "1"),
-           "of sampled actions, one for each round; later rounds are for goals with too few matches"),
-    Option("enough_matches", "imagine", (4, 24, 24, 1), "imagined rollouts that meet a goal, from which on later rounds leave it out"),
+    Option("starts_per_goal", "imagine", (2, 16, 20, 50), "starts to imagine from for each of them"),
+    Option("step_starts", "imagine", (2, 40, 40, 50), "the same for level easy, where a rollout is one action"),
+    Option("temperatures", "imagine", ("1,1.3", "1,1,1.2,1.2", "1,1,1.2,1.2", "1"),
+           "of sampled actions, one for each round; later rounds are for starts without a match"),
+    Option("step_tries", "imagine", (4, 40, 40, 1), "different first actions to try in the later rounds, for goals of one action"),
     Option("visited_share", "imagine", (0.5,),
            "of imagined rollouts that start in a state the data visited for another goal (counterfactual), not a new one"),
     Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined, as --keep explained, both and "
@@ -158,7 +160,8 @@ def parse_options(arguments):
         if odd or len(set(found)) < len(found):
             raise ValueError(f"--{name} takes {' or '.join(allowed)}{', each once' if len(found) > 1 else ''}, got {','.join(found)!r}")
     if (options.fresh_layers or options.random_weights) and (options.lora_rank or options.adapter):
-        raise ValueError("an adapter adds to what the LLM knows; with --fresh_layers or --random_weights give --lora_rank 0 and no --adapter")
+        raise ValueError("an adapter adds to what the LLM knows; with --fresh_layers or --random_weights give --lora_rank 0 and no "
+                         "--adapter")
     if not options.self_check and (options.keep in ("explained", "both") or options.dynamics_tolerance):
         raise ValueError(f"--keep {options.keep} with --dynamics_tolerance {options.dynamics_tolerance} needs --self_check 1")
     if options.imaginary_share >= 1:
@@ -308,7 +311,7 @@ def ground_llm(options, state):
         log = ground.train(
             model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
             learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
-            tasks=options.tasks.split(","), seed=options.seed, report_to=options.report_to)
+            tasks=options.tasks.split(","), copies=options.renamed_copies, seed=options.seed, report_to=options.report_to)
         before = metrics["log"][-1]["step"] if metrics["log"] else 0
         metrics = {"log": metrics["log"] + [{**entry, "step": before + entry["step"]} for entry in log if "loss" in entry]}
     if not state.is_main_process:
@@ -347,9 +350,11 @@ def adapter_folder(options):
 
 
 def load_grounded(options, state):
-    """The grounded model on this process's device, and its tokenizer."""
+    """The grounded model on this process's device, LoRA merged and with --bf16 its backbone so, and its tokenizer."""
     folder = options.run / "grounded"
-    model = KalmForRollouts.from_pretrained(folder, dtype=torch.float32)
+    model = KalmForRollouts.from_pretrained(folder, dtype=torch.float32).merge_adapters()
+    if options.bf16:
+        model.backbone.to(torch.bfloat16)
     return model.to(state.device).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -375,33 +380,33 @@ def imagine(options, state):
 
 
 def imagine_level(options, state, model, tokenizer, level, goals, visited, seed):
-    """Rounds of imagining, one a temperature: the first for all goals alike; each later one shares as many rollouts among
+    """Rounds of imagining, one a temperature: the first from every start, each later one from the starts without a match.
 
-    the goals with too few matches. Goals of level offline, for comparison, get one rollout each. Returns records by round.
+    So what is kept is spread over goals and starts as the starts are, not as the model's luck is. Goals of one action have one
+    later round, in which every action is tried that --step_tries allows. Goals of level offline, for comparison, have one start
+    and one round each. Returns records by round.
     """
-    rng, rounds, matches = np.random.default_rng(seed), [], np.zeros(len(goals), int)
-    repeats = {"offline": 1, "easy": options.rollouts_per_novel_goal * options.easy_factor}.get(level, options.rollouts_per_novel_goal)
-    for temperature in map(float, options.temperatures.split(",")[:1 if level == "offline" else None]):
-        short = np.flatnonzero(matches < options.enough_matches)
-        if len(short) == 0:
-            break
-        rows = np.repeat(short, min(4 * repeats, repeats * len(goals) // len(short)))
-        wanted = [goals[row] for row in rows]
-        starts = env.observe(env.unfulfilled_states(rng, wanted))
-        if level != "offline":
-            elsewhere = rng.random(len(wanted)) < options.visited_share
-            found = env.unfulfilled_observations(rng, wanted, visited)
-            starts[elsewhere] = found[elsewhere]
-        mine = np.arange(state.process_index, len(wanted), state.num_processes)
+    rng, rounds = np.random.default_rng(seed), []
+    repeats = {"offline": 1, "easy": options.step_starts}.get(level, options.starts_per_goal)
+    goals = [goal for goal in goals for _ in range(repeats)]
+    starts = env.observe(env.unfulfilled_states(rng, goals))
+    if level != "offline":
+        elsewhere = rng.random(len(goals)) < options.visited_share
+        starts[elsewhere] = env.unfulfilled_observations(rng, goals, visited)[elsewhere]
+    rows, of_one_action = np.arange(len(goals)), np.array([goal.kind == "step" for goal in goals])
+    for number, temperature in enumerate(map(float, options.temperatures.split(",")[:1 if level == "offline" else None])):
+        mine = rows[state.process_index::state.num_processes]
         part = rollout.generate_all(
-            model, tokenizer, [wanted[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
-            seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
+            model, tokenizer, [goals[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
+            tries=options.step_tries if number else 1, seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
         if options.self_check:
             for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
                 record.update(explanation=text, dynamics_error=error)
         part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
-        matches += np.bincount(rows, [r["success"] for r in part], len(goals)).astype(int)
         rounds.append(part)
+        rows = rows[[not (r["success"] or number and of_one_action[i]) for i, r in zip(rows, part)]]
+        if len(rows) == 0:
+            break
     return rounds
 
 
@@ -656,13 +661,14 @@ RUN_STAGE = dict(zip(STAGES, (collect, ground_llm, imagine, learn, evaluate, rep
 def print_plan(options, todo):
     """Sizes and a rough time before a long run; the rates are those of two CPU cores and SmolLM2."""
     layers = (options.keep_layers or 30) / 8 if options.llm != "tiny" else 0.02
-    rounds, policies = len(options.temperatures.split(",")), len([m for m in options.methods.split(",") if m != "llm"])
-    rollouts = rounds * options.novel_goals * options.rollouts_per_novel_goal
-    actions = rollouts * (1.6 * options.max_steps + options.easy_factor)
+    policies, goals = len([m for m in options.methods.split(",") if m != "llm"]), options.novel_goals * options.starts_per_goal
+    rounds, step_starts = len(options.temperatures.split(",")), options.novel_goals * options.step_starts
+    actions = goals * 1.2 * options.max_steps * (rounds + 1) / 2 + step_starts * (2 + options.step_tries / 20)
+    rollouts = goals * rounds + 2 * step_starts
     seconds = {
         "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,
         "ground": 20 + (options.adapter_steps if options.adapter else options.ground_steps) * options.batch_examples / 32 * 0.9 * layers,
-        "imagine": actions * 0.0016 * layers + options.self_check * rollouts * (2 + options.easy_factor) * 0.01 * layers,
+        "imagine": actions * 0.0016 * layers + options.self_check * rollouts * 0.02 * layers,
         "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.012 * policies,
         "evaluate": options.episodes * (options.seeds * 0.037 * policies + 0.15 * layers), "report": 10}
     print(f"KALM, scale {options.scale}, {options.llm} -> {options.run}")

@@ -62,7 +62,7 @@ class KalmOutput(ModelOutput):
     state_pred: Optional[torch.Tensor] = None
     action_logits: Optional[torch.Tensor] = None
     logits: Optional[torch.Tensor] = None
-    past_key_values: Optional[Cache] = None
+    cache: Optional[Cache] = None
 
 
 _PEFT_PREFIX = "base_model.model."
@@ -164,6 +164,13 @@ class KalmForRollouts(PreTrainedModel):
         lora_config(self.config.lora_rank).save_pretrained(folder)
         self.config.save_pretrained(folder)
 
+    def merge_adapters(self):
+        """Add LoRA's products to the weights they adapt, in place: the same function, computed faster. Returns self."""
+        for module in self.backbone.modules():
+            if hasattr(module, "lora_A"):
+                module.merge()
+        return self
+
     @torch.no_grad()
     def _copy_backbone(self, llm):
         weights = llm.state_dict()
@@ -196,7 +203,7 @@ class KalmForRollouts(PreTrainedModel):
         return embeddings, seen + actions * is_action
 
     def forward(self, input_ids, modality, states, segments=None, attention_mask=None, position_ids=None, predict=None,
-                task=None, past_key_values=None, use_cache=False, text_logits=0):
+                task=None, cache=None, use_cache=False, text_logits=0):
         """Run an interleaved sequence of text, states and actions.
 
         input_ids: (B, L) int64, the token or action index of each position (0 at states).
@@ -212,9 +219,9 @@ class KalmForRollouts(PreTrainedModel):
         if segments is not None:
             attention_mask = segment_mask(segments, embeddings.dtype)
         out = self.backbone.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
-                                       past_key_values=past_key_values, use_cache=use_cache)
+                                       cache=cache, use_cache=use_cache)
         hidden = out.last_hidden_state
-        result = KalmOutput(past_key_values=out.past_key_values if use_cache else None)
+        result = KalmOutput(cache=out.cache if use_cache else None)
         if text_logits != 0:
             result.logits = self.backbone.get_output_embeddings()(hidden[:, -text_logits:] if text_logits else hidden)
         result.action_logits = self.action_head(hidden)

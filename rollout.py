@@ -4,6 +4,7 @@ The loop reads like the paper's (section 4.2): from a start state and a goal the
 expects, the next action... The same loop acts in the environment when the physics writes the states instead.
 This file knows nothing of training.
 """
+import itertools
 import shutil
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def prefill(model, sequences, text_logits=0):
 def decode_one(model, modality, index, states, mask, positions, cache, text_logits=0):
     """Feed one position a row: a token, action or state. index, positions: (B,); states: (B, 10); mask: (B, all positions)."""
     return model(index[:, None], torch.full_like(index, modality)[:, None], states[:, None], attention_mask=mask,
-                 position_ids=positions[:, None], past_key_values=cache, use_cache=True, text_logits=text_logits)
+                 position_ids=positions[:, None], cache=cache, use_cache=True, text_logits=text_logits)
 
 
 def sample_actions(logits, temperature, generator):
@@ -74,7 +75,7 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
     physics_paths = None if physics is None else [[s.copy()] for s in physics]
     out, mask, positions = prefill(model, [text_positions(prompt_ids(tokenizer, "generation", goal.text)) + rollout_positions([o])
                                            for goal, (o,) in zip(goals, paths)])
-    cache, running = out.past_key_values, np.arange(len(goals))
+    cache, running = out.cache, np.arange(len(goals))
     one = mask.new_ones(len(goals), 1)
     for step in range(max_steps):
         actions = sample_actions(out.action_logits[:, -1], temperature, generator)
@@ -108,15 +109,56 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
             for i, (goal, path, a) in enumerate(zip(goals, paths, moves))]
 
 
-def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, description="imagine", **options):
-    """`generate` in batches of goals with texts of like length, with a progress bar; returns records in the order of goals."""
-    order = np.argsort([len(g.text) for g in goals], kind="stable")
+@torch.inference_mode()
+def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=0.0, seed=0):
+    """Imagine one action a row for step goals, and where it misses its goal another one from the same start, up to `tries`
+
+    different ones. All tries share the prompt's part of the cache. Arguments as in `generate`; returns B records, of each
+    row the last try.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    array, records = env.goal_array(goals), [None] * len(goals)
+    obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
+    out, mask, positions = prefill(model, [text_positions(prompt_ids(tokenizer, "generation", goal.text)) + rollout_positions([o])
+                                           for goal, o in zip(goals, obs.cpu().numpy())])
+    cache, logits, running = out.cache, out.action_logits[:, -1].clone(), np.arange(len(goals))
+    mask = torch.cat([mask, mask.new_ones(len(goals), 1)], 1)
+    for _ in range(min(tries, env.NUM_ACTIONS)):
+        actions = sample_actions(logits, temperature, generator)
+        out = decode_one(model, ACTION, actions, obs, mask, positions, cache)
+        before, after, played = obs.cpu().numpy(), out.state_pred[:, -1].cpu().numpy(), actions.cpu().numpy()
+        judged = env.success(array[running], before, after, played, imagined=True)
+        for row, *path, action in zip(running, before, after, played):
+            records[row] = env.rollout_record(goals[row], np.array(path), np.array([action], np.int64), imagined=True)
+        logits.scatter_(1, actions[:, None], -torch.inf)
+        cache.crop(-1)  # the action leaves the cache, the prompt and the start stay
+        if judged.any():
+            keep = torch.as_tensor(np.flatnonzero(~judged), device=model.device)
+            running, obs, mask, positions, logits = running[~judged], obs[keep], mask[keep], positions[keep], logits[keep]
+            cache.batch_select_indices(keep)
+        if len(running) == 0:
+            break
+    return records
+
+
+def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, tries=1, description="imagine", **options):
+    """`generate` in batches of goals with texts of like length, with a progress bar; returns records in the order of goals.
+
+    tries: of the first action of imagined step goals, see `generate_steps`.
+    """
+    step = np.array([states is None and tries > 1 and g.kind == "step" for g in goals])
+    order = np.lexsort(([len(g.text) for g in goals], step))
+    ends = {*range(0, len(goals), batch_size), int((~step).sum()), len(goals)}  # no batch has both kinds
     records = [None] * len(goals)
     seed = options.pop("seed", 0)
-    for start in tqdm(range(0, len(goals), batch_size), desc=description, disable=len(goals) <= batch_size):
-        rows = order[start:start + batch_size]
-        part = generate(model, tokenizer, [goals[r] for r in rows], np.asarray(observations)[rows], seed=seed + start,
-                        states=None if states is None else states[rows], **options)
+    for start, end in tqdm(list(itertools.pairwise(sorted(ends))), desc=description, disable=len(goals) <= batch_size):
+        rows = order[start:end]
+        some, begin = [goals[r] for r in rows], np.asarray(observations)[rows]
+        if step[rows[0]]:
+            part = generate_steps(model, tokenizer, some, begin, tries=tries, temperature=options.get("temperature", 0.0), seed=seed + start)
+        else:
+            part = generate(model, tokenizer, some, begin, seed=seed + start, states=None if states is None else states[rows], **options)
         for row, record in zip(rows, part):
             records[row] = record
     return records
@@ -136,7 +178,7 @@ def explain(model, tokenizer, records, prompt=PROMPTS["explanation"], max_tokens
         running = order[start:start + batch_size]
         out, mask, positions = prefill(model, [text_positions(asked) + rollout_positions(records[r]["observations"], records[r]["actions"])
                                                for r in running], text_logits=1)
-        cache = out.past_key_values
+        cache = out.cache
         for _ in range(max_tokens):
             token = out.logits[:, -1].argmax(-1)
             going = (token != tokenizer.eos_token_id).nonzero()[:, 0]

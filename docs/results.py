@@ -17,12 +17,12 @@ sys.path.insert(0, str(ROOT))
 import kalm  # noqa: E402
 from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
-ONE_ROUND = ["--novel_goals", "160", "--rollouts_per_novel_goal", "3", "--temperatures", "1", "--visited_share", "0"]
+ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
 BRIEF = ["--ground_steps", "320", "--keep_layers", "4", "--lora_rank", "0", *ONE_ROUND]
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
 RUNS = {  # name: (parent, options, stages)
-    "main": (None, ["--methods", ",".join(kalm.METHODS)], ["all"]),
+    "main": (None, [], ["all"]),
     "brief": ("main", ["--split", "validation", *BRIEF], ["collect", "ground", "imagine"]),
     "brief without dynamics": ("brief", ["--tasks", "explanation,generation,consequence"], ["ground", "imagine"]),
     "brief without explanation": ("brief", ["--tasks", "dynamics,generation,consequence"], ["ground", "imagine"]),

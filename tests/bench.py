@@ -163,7 +163,7 @@ def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
     out, mask, positions = rollout.prefill(model, [
         ground.text_positions(ground.prompt_ids(tokenizer, "generation", g.text)) + ground.rollout_positions([o])
         for g, o in zip(goals, observations)])
-    cache, one, ended = out.past_key_values, mask.new_ones(len(goals), 1), np.zeros(len(goals), int)
+    cache, one, ended = out.cache, mask.new_ones(len(goals), 1), np.zeros(len(goals), int)
     for step in range(max_steps):
         actions = out.action_logits[:, -1].argmax(-1)
         mask = torch.cat([mask, one], 1)
@@ -309,7 +309,7 @@ def main():
     options = parser.parse_args()
     found = {"machine": f"{CORES} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
                         f"bf16 {'fast' if kalm.bf16_is_fast() else 'not used'}", "date": time.strftime("%Y-%m-%d"), "rows": {}}
-    print(f"{found['machine']}, {found['date']}\n\n| what | ms | beside | ms | ratio | at most | |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"{found['machine']}, {found['date']}\n\n| what | ms | beside | ms | ratio | at most | |\n" + "| --- " * 7 + "|")
     for name, (function, beside, limit) in ROWS.items():
         if options.only in name:
             ours, other = function()

@@ -364,6 +364,26 @@ def test_unfulfilled_observations_come_from_the_pool_and_leave_something_to_do(r
     assert (env.unfulfilled_observations(np.random.default_rng(0), goals[:1], always) == always).all()
 
 
+def test_renamed_balls_do_as_before_under_their_new_names(rollouts):
+    order = np.array([2, 0, 4, 1, 3])  # red is now green, blue red, green cyan, purple blue, cyan purple
+    for record in rollouts[:20]:
+        renamed = env.rename_balls(record, order)
+        goal, new_goal = env.goal_of(record), env.goal_of(renamed)
+        (a, b, d), = goal.relations
+        assert new_goal.relations == ((order[a], order[b], d),)
+        assert renamed["goal"].replace(env.COLORS[order[a]], "X").replace(env.COLORS[order[b]], "Y") == (
+            record["goal"].replace(env.COLORS[a], "X").replace(env.COLORS[b], "Y"))
+        again = env.rollout_record(new_goal, renamed["observations"], renamed["actions"])
+        np.testing.assert_allclose(again["rewards"], record["rewards"], atol=1e-5)
+        assert again["success"] and renamed["states"] is None and record["states"] is not None
+        before, after = (env.state_from_observation(r["observations"][:1]) for r in (record, renamed))
+        moved, expected = (env.observe(env.step_batch(s, r["actions"][:1])) for s, r in ((after, renamed), (before, record)))
+        np.testing.assert_allclose(moved.reshape(5, 2)[order], expected.reshape(5, 2), atol=0.01)
+    step = {**rollouts[0], "goal": "Push red left, red!", "kind": "step", "relations": [["red", None, "left"]]}
+    assert env.rename_balls(step, order)["relations"] == [["green", None, "left"]]
+    assert env.rename_balls(step, order)["goal"] == "Push green left, green!"
+
+
 def test_the_same_seed_gives_the_same_episode():
     def episode(seed):
         clevr = env.ClevrRobotEnv(max_steps=5)

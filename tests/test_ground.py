@@ -82,6 +82,22 @@ def test_packed_rows_unpack_to_the_same_examples(lengths, row_length):
             np.testing.assert_array_equal(found[number][key], value)
 
 
+def test_copies_come_first_as_they_are_and_then_with_renamed_balls(rollouts):
+    _, tokenizer = new_model(rollouts)
+    once, thrice = (ground.GroundingExamples(rollouts, tokenizer, copies=n, seed=3) for n in (1, 3))
+    assert len(thrice) == 3 * len(once)
+    changed = 0
+    for index in (0, 7, len(once) - 1):
+        first, *others = (thrice[index + copy * len(once)] for copy in range(3))
+        for key, value in once[index].items():
+            np.testing.assert_array_equal(first[key], value)
+        for other in others:
+            np.testing.assert_array_equal(np.sort(other["states"].reshape(-1, 5, 2), 1), np.sort(first["states"].reshape(-1, 5, 2), 1))
+            changed += not np.array_equal(other["states"], first["states"])
+    assert changed >= 4
+    np.testing.assert_array_equal(thrice[len(once) + 7]["states"], thrice[len(once) + 7]["states"])
+
+
 # ----------------------------------------------------------------------------------------------------------- training
 
 def test_grounding_lowers_the_loss_of_every_task(rollouts, grounded, losses_of):

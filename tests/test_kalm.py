@@ -1,5 +1,4 @@
 """The command: a whole run, resuming, users' goals, several processes, bad input."""
-import collections
 import json
 import os
 import re
@@ -80,7 +79,7 @@ def test_users_goals_reach_the_results_and_the_report_escaped(smoke_run, tmp_pat
     assert_complete(results_of(run))
     for goal in MY_GOALS:
         read = kalm.rollout.read_rollouts(run / "rollouts" / goal["level"])
-        assert len(read) == 6 and {r["goal"] for r in read} == {goal["text"]}
+        assert len(read) == 4 and {r["goal"] for r in read} == {goal["text"]}
     page = (run / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;red" in page and "{please}" in page
 
@@ -177,7 +176,7 @@ def test_a_run_grounds_with_the_adapter_of_another(tmp_path):
     assert kalm.main([*SMOKE, str(trained), "--stage", "collect", "ground", "--lora_rank", "2"]) == 0
     adapter = str(trained / "grounded" / "adapter")
     assert kalm.main([*SMOKE, str(served), "--stage", "collect", "ground", "--adapter", adapter]) == 0
-    models = [kalm.load_grounded(kalm.parse_options([*SMOKE, str(run)]), kalm.PartialState())[0] for run in (trained, served)]
+    models = [kalm.KalmForRollouts.from_pretrained(run / "grounded") for run in (trained, served)]
     for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2 ** -8, atol=1e-6, msg=name)
     metrics = [json.loads((run / "grounded" / "metrics.json").read_text()) for run in (trained, served)]
@@ -187,7 +186,7 @@ def test_a_run_grounds_with_the_adapter_of_another(tmp_path):
     assert kalm.main([*SMOKE, str(served), "--stage", "ground", "--adapter", adapter, "--adapter_steps", "3"]) == 0
     log = json.loads((served / "grounded" / "adapter" / "metrics.json").read_text())["log"]
     assert log[:-3] == metrics[0]["log"] and [entry["step"] for entry in log] == list(range(1, 12))
-    further = kalm.load_grounded(kalm.parse_options([*SMOKE, str(served)]), kalm.PartialState())[0].state_dict()
+    further = kalm.KalmForRollouts.from_pretrained(served / "grounded").state_dict()
     moved = {name for name, weight in models[1].state_dict().items() if not torch.equal(weight, further[name])}
     assert moved and moved <= set(models[1].new_parameters())
 
@@ -208,30 +207,26 @@ def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chos
 
 # -------------------------------------------------------------------------------------------------- rounds of imagining
 
-def test_later_rounds_share_as_many_rollouts_among_goals_with_too_few_matches(monkeypatch):
-    goals, asked = kalm.env.sample_goals("easy", "test", 12, np.random.default_rng(0)), []
+@pytest.mark.parametrize("level, later", [("hard", [13, 9]), ("easy", [13])])
+def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level, later):
+    goals, asked = kalm.env.sample_goals(level, "test", 5, np.random.default_rng(0)), []
 
     def imagine_some(model, tokenizer, wanted, starts, **options):
-        asked.append(collections.Counter(goals.index(goal) for goal in wanted))
-        assert len(starts) == len(wanted) and options["temperature"] == len(asked)
-        return [{"success": goals.index(goal) < 3 * len(asked), "goal": goal} for goal in wanted]
+        asked.append((options["temperature"], options["tries"], [(g, s.tobytes()) for g, s in zip(wanted, starts, strict=True)]))
+        return [{"success": i % 3 == len(asked) - 1 or len(asked) == 3, "goal": g} for i, g in enumerate(wanted)]
     monkeypatch.setattr(kalm.rollout, "generate_all", imagine_some)
-    options = kalm.parse_options(["--scale", "smoke", "--rollouts_per_novel_goal", "4", "--enough_matches", "4", "--self_check", "0",
-                                  "--temperatures", "1,2,3,4,5,6"])
-    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, "easy", goals, np.zeros((3, 10), np.float32), 0)
-    assert asked == [dict.fromkeys(range(3 * n, 12), each) for n, each in enumerate((4, 5, 8, 16))]
-    assert [len(made) for made in rounds] == [48, 45, 48, 48]
-    assert all(r["goal"] is goals[i] for made, counts in zip(rounds, asked) for r, i in zip(made, sorted(counts.elements())))
-
-
-def test_an_exchanged_adapter_is_noticed(tmp_path, stages_run):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for content, redone in ((b"one", ["collect", "ground"]), (b"one", []), (b"two", ["ground"])):
-        stages_run.clear()
-        (folder / "adapter_model.safetensors").write_bytes(content)
-        assert kalm.main([*SMOKE, str(tmp_path / "run"), "--stage", "collect", "ground", "--adapter", str(folder)]) == 0
-        assert stages_run == redone
+    options = kalm.parse_options(["--scale", "smoke", "--starts_per_goal", "4", "--step_starts", "4", "--step_tries", "9",
+                                  "--self_check", "0", "--visited_share", "0.5", "--temperatures", "1,2,3,4"])
+    visited = kalm.env.observe(kalm.env.initial_states(np.random.default_rng(1), 7))
+    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0)
+    assert [len(made) for made in rounds] == [20, *later]
+    assert [(t, tries) for t, tries, _ in asked] == [(1, 1), (2, 9), (3, 9)][:len(rounds)]
+    starts = [pairs for _, _, pairs in asked]
+    assert [g for g, _ in starts[0]] == [goal for goal in goals for _ in range(4)] and len(set(starts[0])) >= 15
+    for number, (before, after) in enumerate(zip(starts, starts[1:])):
+        assert after == [pair for i, pair in enumerate(before) if i % 3 != number]
+    elsewhere = sum(start in {v.tobytes() for v in visited} for _, start in starts[0])
+    assert 4 <= elsewhere <= 16
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -274,6 +269,7 @@ BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
     "a method twice": (["--methods", "bc,bc"], "", "--methods"),
     "unknown task": (["--tasks", "dynamics,sleep"], "", "sleep"),
     "temperatures no numbers": (["--temperatures", "1;2"], "", "--temperatures"),
+    "no tries": (["--step_tries", "0"], "", "--step_tries"),
     "negative temperature": (["--temperatures", "1,-1"], "", "--temperatures"),
     "negative seed": (["--seed", "-1"], "", "--seed"),
     "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),
@@ -349,5 +345,5 @@ def test_lora_and_another_split_run_through_every_stage(tmp_path):
                "--train_goals", "12")
     assert kalm.main([*SMOKE, str(tmp_path / "run"), *options]) == 0
     assert_complete(results_of(tmp_path / "run"))
-    model, _ = kalm.load_grounded(kalm.parse_options([*SMOKE, str(tmp_path / "run")]), kalm.PartialState())
+    model = kalm.KalmForRollouts.from_pretrained(tmp_path / "run" / "grounded")
     assert any(".lora_" in name and torch.isfinite(p).all() for name, p in model.named_parameters())

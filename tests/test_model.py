@@ -166,6 +166,16 @@ def with_adapter(seed):
     return model, language_model
 
 
+def test_merged_adapters_are_the_same_function():
+    model, language_model = with_adapter(1)
+    before = outputs(model, hand_batch())
+    adapted = [m for m in model.merge_adapters().modules() if hasattr(m, "lora_A")]
+    assert adapted and all(m.merged for m in adapted)
+    for a, b in zip(before, outputs(model, hand_batch())):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert KalmForRollouts.from_llm(language_model).merge_adapters()  # nothing to merge is no error
+
+
 def test_an_adapter_is_all_that_grounding_added(tmp_path):
     model, language_model = with_adapter(1)
     model.save_adapter(tmp_path)

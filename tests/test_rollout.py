@@ -78,6 +78,32 @@ def test_sampling_repeats_with_its_seed_only(grounded, mixed):
     assert same_rollouts(runs[0], runs[1]) and not same_rollouts(runs[0], runs[2])
 
 
+def test_step_goals_try_the_next_best_action_until_one_matches(grounded, mixed):
+    model, tokenizer, _ = grounded
+    goals = env.sample_goals("easy", "test", 20, np.random.default_rng(3))
+    starts = env.observe(mixed[1][:20])
+    records = rollout.generate_all(model, tokenizer, goals, starts, tries=20, batch_size=7)
+    tried = []
+    for goal, obs, record in zip(goals, starts, records):
+        ids = tokenizer(PROMPTS["generation"].format(goal=goal.text), add_special_tokens=False)["input_ids"]
+        modality, states = torch.tensor([[TEXT] * len(ids) + [STATE, ACTION]]), torch.zeros(1, len(ids) + 2, 10)
+        states[:, -2:] = torch.as_tensor(obs)
+        with torch.no_grad():
+            ranked = model(torch.tensor([[*ids, 0]]), modality[:, :-1], states[:, :-1]).action_logits[0, -1].argsort(descending=True)
+        for number, action in enumerate(ranked[:20].tolist(), start=1):  # each one asked anew, without a cache
+            with torch.no_grad():
+                after = model(torch.tensor([[*ids, 0, action]]), modality, states).state_pred[0, -1].numpy()
+            match = bool(env.success(goal, obs[None], after[None], np.array([action]), imagined=True)[0])
+            if match:
+                break
+        tried.append((number, match))
+        assert record["actions"].tolist() == [action] and record["success"] == match and env.goal_of(record) == goal
+        np.testing.assert_allclose(record["observations"], [obs, after], atol=1e-4)
+    assert {match for _, match in tried} == {True, False} and len({number for number, _ in tried}) > 2
+    hot = [rollout.generate_all(model, tokenizer, goals, starts, tries=20, temperature=5.0, seed=s) for s in (1, 1, 2)]
+    assert same_rollouts(hot[0], hot[1]) and not same_rollouts(hot[0], hot[2])
+
+
 def test_batches_do_not_change_greedy_rollouts_nor_their_order(grounded, mixed):
     model, tokenizer, _ = grounded
     goals, states = mixed
