@@ -13,6 +13,8 @@ import json
 import numpy as np
 import torch
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import trange
 
 import env
@@ -113,6 +115,8 @@ class GroundingExamples(torch.utils.data.Dataset):
         return len(self.examples) * self.copies
 
     def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         copy, number = divmod(index, len(self.examples))
         task, rows = self.examples[number]
         rollouts = [self.rollouts[row] for row in rows]
@@ -197,7 +201,8 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
           freeze_embeddings=True, bf16=False, tasks=TASKS, copies=1, seed=0, report_to="none"):
     """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
 
-    Works alone and under `accelerate launch` or torchrun; what report_to writes goes to output_dir.
+    Works alone and under `accelerate launch` or torchrun, where FSDP leaves the model in shards (see `gathered`); what report_to
+    writes goes to output_dir.
     """
     if freeze_embeddings:  # what the LLM knows of words new to the data stays as it was
         model.get_input_embeddings().weight.requires_grad_(False)
@@ -210,6 +215,18 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
                                data_collator=pack, new_learning_rate=new_learning_rate)
     trainer.train()
     return trainer.state.log_history
+
+
+def gathered(model):
+    """The model itself, or where FSDP sharded it, one with all its weights on process 0. Every process must call it."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights:  # process 0 alone has them
+        model = type(model)(model.config)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ OPTIONS = (
     Option("balance_goals", "learn", (1,), "1: draw imaginary batches goal by goal; 0: transition by transition"),
     Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
     Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM that encode goals; 0: all"),
-    Option("rl_steps", "learn", (60, 8000, 30000, 500000), "gradient steps of offline RL"),
+    Option("rl_steps", "learn", (60, 16000, 30000, 500000), "gradient steps of offline RL"),
     Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
@@ -312,6 +312,7 @@ def ground_llm(options, state):
             model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
             learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
             tasks=options.tasks.split(","), copies=options.renamed_copies, seed=options.seed, report_to=options.report_to)
+        model = ground.gathered(model)
         before = metrics["log"][-1]["step"] if metrics["log"] else 0
         metrics = {"log": metrics["log"] + [{**entry, "step": before + entry["step"]} for entry in log if "loss" in entry]}
     if not state.is_main_process:
@@ -442,7 +443,7 @@ def learn(options, state):
         print(f"  rollouts to learn from: real {len(real)}" + "".join(
             f"; {name} " + ", ".join(f"{level} {len(rows)}" for level, rows in sources[name].items()) for name in ("relabel", "kalm")))
     config = rl.RLConfig(steps=options.rl_steps, batch=options.rl_batch, lr=options.rl_learning_rate,
-                         conservative_weight=options.conservative_weight, imaginary_share=options.imaginary_share)
+                         conservative_weight=options.conservative_weight, imaginary_share=options.imaginary_share, bf16=options.bf16)
     folder, aside = options.run / "policies", options.run / "policies.partial"
     if state.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -669,7 +670,7 @@ def print_plan(options, todo):
         "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,
         "ground": 20 + (options.adapter_steps if options.adapter else options.ground_steps) * options.batch_examples / 32 * 0.9 * layers,
         "imagine": actions * 0.0016 * layers + options.self_check * rollouts * 0.02 * layers,
-        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.012 * policies,
+        "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.01 * policies,
         "evaluate": options.episodes * (options.seeds * 0.037 * policies + 0.15 * layers), "report": 10}
     print(f"KALM, scale {options.scale}, {options.llm} -> {options.run}")
     for stage in options.stages:

@@ -92,7 +92,6 @@ class KalmForRollouts(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = []
 
     def __init__(self, config):
         super().__init__(config)

@@ -138,7 +138,11 @@ def sample_batch(real, imaginary, size, seeds, imaginary_share, generator):
 # Networks and losses
 
 class SeededMLP(nn.Module):
-    """One MLP a seed, evaluated together: (seeds, batch, sizes[0]) -> (seeds, batch, sizes[-1]), ReLU between."""
+    """One MLP a seed, evaluated together: (seeds, batch, sizes[0]) -> (seeds, batch, sizes[-1]), ReLU between.
+
+    The last inputs, the goal's encoding, can be given as what they add to the first layer: a state and the one after it
+    share that, and it is most of the work.
+    """
 
     def __init__(self, seeds, sizes):
         super().__init__()
@@ -149,11 +153,14 @@ class SeededMLP(nn.Module):
             self.weights.append(torch.stack([torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=g) for g in draw]))
             self.biases.append(torch.stack([torch.empty(1, fan_out).uniform_(-bound, bound, generator=g) for g in draw]))
 
-    def forward(self, x):
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight)
-            if layer < len(self.weights) - 1:
-                x = F.relu(x)
+    def goal_part(self, goals):
+        """What goal encodings (seeds, batch, hidden), the last inputs, add to the first layer, with its bias."""
+        return torch.baddbmm(self.biases[0], goals, self.weights[0][:, -goals.shape[-1]:])
+
+    def forward(self, x, goal_part=None):
+        x = torch.baddbmm(self.biases[0] if goal_part is None else goal_part, x, self.weights[0][:, :x.shape[-1]])
+        for weight, bias in zip(self.weights[1:], self.biases[1:]):
+            x = torch.baddbmm(bias, F.relu(x), weight)
         return x
 
 
@@ -170,6 +177,7 @@ class RLConfig:
     reward_scale: float = 0.01        # a success is worth 1
     target_update: float = 0.005      # Polyak step toward the online network, each gradient step
     imaginary_share: float = 0.5      # of each batch
+    bf16: bool = False                # products of matrices in bfloat16, sums and losses in float32
 
 
 def imitation_loss(logits, action):
@@ -194,9 +202,9 @@ def conservative_loss(q, action):
 # ------------------------------------------------------------------------------------------------------------------
 # Training and acting
 
-def policy_input(obs, goal, table):
-    """Observation joined with the goal's encoding: (..., 10) and (...,) -> (..., 10 + hidden)."""
-    return torch.cat([obs / 0.3, table[goal]], -1)
+def scaled(obs):
+    """Observations as policies read them, about one in size."""
+    return obs / 0.3
 
 
 def learn(algorithm, real, imaginary, table, seeds, config, description=""):
@@ -216,13 +224,16 @@ def learn(algorithm, real, imaginary, table, seeds, config, description=""):
     for step in trange(config.steps, desc=description or algorithm, leave=False, mininterval=1):
         obs, goal, action, reward, next_obs, done = sample_batch(
             real, imaginary, config.batch, len(seeds), config.imaginary_share, generator)
-        q = network(policy_input(obs, goal, table))
+        encoded, obs, next_obs = table[goal], scaled(obs), scaled(next_obs)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            goal_part = network.goal_part(encoded)
+            q = network(obs, goal_part).float()
+            if algorithm == "cql":
+                with torch.no_grad():
+                    next_q, next_q_target = network(next_obs, goal_part).float(), target(next_obs, target.goal_part(encoded)).float()
         if algorithm == "bc":
             loss = imitation_loss(q, action)
         else:
-            ahead = policy_input(next_obs, goal, table)
-            with torch.no_grad():
-                next_q, next_q_target = network(ahead), target(ahead)
             loss = (bellman_loss(q, next_q, next_q_target, action, config.reward_scale * reward, done, config.discount)
                     + config.conservative_weight * conservative_loss(q, action))
         optimizer.zero_grad(set_to_none=True)
@@ -231,8 +242,7 @@ def learn(algorithm, real, imaginary, table, seeds, config, description=""):
         schedule.step()
         if algorithm == "cql":
             with torch.no_grad():
-                for slow, fast in zip(target.parameters(), network.parameters()):
-                    slow.lerp_(fast, config.target_update)
+                torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), config.target_update)
         if step % max(1, config.steps // 100) == 0:
             curve.append((step, loss.mean().item()))
     return network, curve
@@ -246,7 +256,8 @@ def policy_of(network, seed_index, table, goal_rows):
 
     @torch.inference_mode()
     def act(obs, rows):
-        x = policy_input(torch.as_tensor(obs, device=device), goal_rows[torch.as_tensor(rows, device=device)], table)
+        goals = table[goal_rows[torch.as_tensor(rows, device=device)]]
+        x = torch.cat([scaled(torch.as_tensor(obs, device=device)), goals], -1)
         for layer, (weight, bias) in enumerate(weights):
             x = torch.addmm(bias, x, weight)
             if layer < len(weights) - 1:

@@ -18,6 +18,7 @@ import kalm  # noqa: E402
 from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
 ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
+HALF = ["--starts_per_goal", "8", "--step_starts", "20", "--rl_steps", "8000"]
 BRIEF = ["--ground_steps", "320", "--keep_layers", "4", "--lora_rank", "0", *ONE_ROUND]
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
@@ -30,13 +31,15 @@ RUNS = {  # name: (parent, options, stages)
     "brief, half fresh": ("brief", ["--fresh_layers", "2"], ["ground", "imagine"]),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
     "brief, all random": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
-    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--self_check", "1"],
+    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--self_check", "1", *HALF],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
     "dynamics check": ("validation", ["--dynamics_tolerance", "0.1", "--methods", "bc+kalm"], ["learn", "evaluate"]),
     "unbalanced": ("validation", ["--balance_goals", "0", "--methods", "bc+kalm"], ["learn", "evaluate"]),
     **{f"share {x}": ("validation", ["--imaginary_share", x, "--methods", "bc+kalm"], ["learn", "evaluate"]) for x in ("0.1", "0.5")},
     **{f"kept {n}": ("validation", ["--kept_per_goal", n, "--methods", "bc+kalm"], ["learn", "evaluate"]) for n in ("1", "5")},
+    "one try": ("validation", ["--step_tries", "1", "--temperatures", "1,1", "--self_check", "0", "--methods", "bc+kalm"],
+                ["imagine", "learn", "evaluate"]),
     "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
 PAPER = {"match": (None, 0.85, 0.36, 0.28), "action_match": (None, None, 0.30, None), "off_table": (None, 0.184, 0.0, 0.043),
@@ -135,6 +138,7 @@ def page(folder, target=ROOT):
         "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m",
         "unbalanced": "drawn by transition, not by goal", "new starts": "no counterfactual goals: imagined from new starts alone",
         "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
+        "one try": "two rounds, at temperature 1, and no more than one action tried in each",
         "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
     ground_names = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
         "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -94,17 +95,17 @@ def random_buffer(n=20000, texts=500, hidden=384):
     return rl.Buffer(records, table), table.table
 
 
-def cql_beside_d3rlpy(batch, steps=150):
-    """A step of CQL with one seed; of d3rlpy's DiscreteCQL with the same sizes, its batches sampled beforehand."""
+def cql_beside_d3rlpy(batch, bf16=kalm.bf16_is_fast(), steps=150):
+    """A step of CQL with one seed, as `--scale cpu` takes it; of d3rlpy's DiscreteCQL with the same sizes, sampled beforehand."""
     import d3rlpy
     buffer, table = random_buffer()
-    inputs = rl.policy_input(buffer.obs, buffer.goal, table).numpy()
+    inputs = torch.cat([rl.scaled(buffer.obs), table[buffer.goal]], -1).numpy()
     episodes = d3rlpy.dataset.MDPDataset(observations=inputs, actions=buffer.action.numpy(), rewards=buffer.reward.numpy(),
                                          terminals=np.arange(len(buffer)) % 10 == 9, action_size=env.NUM_ACTIONS)
     peer = d3rlpy.algos.DiscreteCQLConfig(batch_size=batch, encoder_factory=d3rlpy.models.VectorEncoderFactory([256, 256])).create()
     peer.build_with_dataset(episodes)
     batches = [episodes.sample_transition_batch(batch) for _ in range(steps)]
-    config = rl.RLConfig(steps=steps, batch=batch)
+    config = rl.RLConfig(steps=steps, batch=batch, bf16=bf16)
     ours, other = in_turn(lambda: rl.learn("cql", buffer, [], table, [0], config), lambda: [peer.update(b) for b in batches], 5)
     return ours / steps, other / steps
 
@@ -112,7 +113,7 @@ def cql_beside_d3rlpy(batch, steps=150):
 def three_seeds(steps=200):
     """A step of CQL with three seeds; with one, at the batch of `--scale cpu`."""
     buffer, table = random_buffer()
-    config = rl.RLConfig(steps=steps, batch=256)
+    config = rl.RLConfig(steps=steps, batch=256, bf16=kalm.bf16_is_fast())
     three, one = in_turn(*(lambda seeds=seeds: rl.learn("cql", buffer, [], table, seeds, config) for seeds in ([0, 1, 2], [0])), 5)
     return three / steps, one / steps
 
@@ -120,10 +121,11 @@ def three_seeds(steps=200):
 # ------------------------------------------------------------------------------------------------------------------
 # Imagining
 
-def default_model():
-    """The grounded model and tokenizer of `--scale cpu`: SmolLM2's first layers with the released adapter."""
+def default_model(merged=False):
+    """The grounded model and tokenizer of `--scale cpu`: SmolLM2's first layers with the released adapter, merged to imagine."""
     llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), 6)
-    return KalmForRollouts.from_adapter(llm, kalm.RELEASED).eval(), tokenizer
+    model = KalmForRollouts.from_adapter(llm, kalm.RELEASED).eval()
+    return model.merge_adapters() if merged else model, tokenizer
 
 
 @torch.inference_mode()
@@ -144,7 +146,7 @@ def generate_without_cache(model, tokenizer, goals, observations, max_steps):
 
 def imagine_beside_no_cache(goals=64, actions=50):
     """64 greedy rollouts of 50 actions for goals that nothing fulfils; without a cache, once, and alike."""
-    model, tokenizer = default_model()
+    model, tokenizer = default_model(merged=True)
     wanted = [env.Goal("Put the red ball behind and in front of the blue ball.", "hard", "relations", tuple(NEVER))] * goals
     starts = env.observe(env.initial_states(np.random.default_rng(0), goals))
     records = rollout.generate(model, tokenizer, wanted, starts, max_steps=actions)
@@ -181,7 +183,7 @@ def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
 
 def imagine_mixed_lengths(goals=256, actions=50):
     """Greedy rollouts for rephrased goals, which end at different times; the same, all rows kept until the last ends."""
-    model, tokenizer = default_model()
+    model, tokenizer = default_model(merged=True)
     rng = np.random.default_rng(0)
     wanted = sorted(env.sample_goals("rephrase", "test", goals, rng), key=lambda g: len(g.text))
     starts = env.observe(env.unfulfilled_states(rng, wanted))
@@ -259,11 +261,11 @@ def goal_encoding(steps=200):
     texts = list({g.text for g in env.sample_goals("offline", "train", 6000, rng)}) + [
         g.text for level in env.NOVEL_LEVELS for g in env.sample_goals(level, "test", 240, rng)]
     buffer, table = random_buffer(hidden=576)
-    config = rl.RLConfig(steps=steps, batch=256)
+    config = rl.RLConfig(steps=steps, batch=256, bf16=kalm.bf16_is_fast())
     encoding, bc, cql = (in_turn(f, lambda: None, 2)[0] for f in (
         lambda: rl.encode_texts(texts, llm.base_model, tokenizer),
         *(lambda a=a: rl.learn(a, buffer, [], table, [0, 1, 2], config) for a in ("bc", "cql"))))
-    return encoding, 3 * (bc + cql) * 8000 / steps / 50
+    return encoding, 3 * (bc + cql) * 16000 / steps / 50
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -275,6 +277,7 @@ ROWS = {  # name: (function, what the other is, how often its time ours may take
     "env reset": (reset_beside_step, "env step", 1),
     "CQL step, batch 32": (lambda: cql_beside_d3rlpy(32), "d3rlpy 2.8.1", 1 / 5),
     "CQL step, batch 256": (lambda: cql_beside_d3rlpy(256), "d3rlpy 2.8.1", 1 / 6),
+    "CQL step, batch 256, float32": (lambda: cql_beside_d3rlpy(256, bf16=False), "d3rlpy 2.8.1", 1 / 6),
     "CQL step, three seeds": (three_seeds, "one seed", 1.6),
     "imagine, 64 goals, 50 actions": (imagine_beside_no_cache, "no cache", 1 / 10),
     "imagine, mixed lengths": (imagine_mixed_lengths, "finished rows kept", 1 / 1.5),
@@ -301,14 +304,88 @@ def peak_memory():
     return found
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# How cost grows
+
+def seconds(function):
+    """Median of three calls after a first one."""
+    return in_turn(function, lambda: None, 3)[0]
+
+
+def slope(sizes, times):
+    """Exponent b of time ~ size^b, by least squares over logarithms."""
+    return np.polyfit(np.log(sizes), np.log(times), 1)[0]
+
+
+def growth():
+    """Yield (what, sizes, seconds) of each stage's work as it grows."""
+    def collect(n):
+        rng = np.random.default_rng(0)
+        goals = env.sample_goals("offline", "train", n, rng)
+        array = env.goal_array(goals)
+        env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), goals, env.unfulfilled_states(rng, goals), 20)
+
+    def timed(function, *arguments):
+        started = time.perf_counter()
+        function(*arguments)
+        return time.perf_counter() - started
+    sizes = [1000, 10000, 100000]
+    yield "collect, by rollouts", sizes, [timed(collect, n) for n in sizes]
+    steps = rl.RLConfig(steps=200, batch=256, bf16=kalm.bf16_is_fast())
+    buffers = [random_buffer(10 * n, texts=5000) for n in sizes]
+    yield "learn, 200 CQL steps of one seed, by rollouts in the buffer", sizes, [
+        seconds(lambda b=buffer, t=table: rl.learn("cql", b, [], t, [0], steps)) for buffer, table in buffers]
+    del buffers
+    records, layers, grounding, imagining = real_rollouts(60), [2, 6, 12, 30], [], []
+    goals = env.sample_goals("rephrase", "test", 128, np.random.default_rng(0))
+    starts = env.observe(env.unfulfilled_states(np.random.default_rng(1), goals))
+    for kept in layers:
+        llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), kept)
+        model = KalmForRollouts.from_llm(llm, lora_rank=64, **ground.observation_statistics(records))
+        model.get_input_embeddings().weight.requires_grad_(False)
+        examples = ground.GroundingExamples(records, tokenizer)
+        batch = ground.pack([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:32]])
+        grounding.append(seconds(lambda: train_step(model, batch)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
+            imagining.append(timed(lambda: rollout.generate(model.merge_adapters(), tokenizer, goals, starts, max_steps=10)))
+    positions = int((batch["modality"] >= 0).sum())
+    yield f"ground, a LoRA step of 32 examples ({positions:,} positions), by layers", layers, grounding
+    yield "imagine, 128 rollouts of at most 10 actions, by layers", layers, imagining
+    model, tokenizer = default_model(merged=True)
+    sizes, times = [64, 256, 1024], []
+    for n in sizes:
+        goals = env.sample_goals("rephrase", "test", n, np.random.default_rng(0))
+        starts = env.observe(env.unfulfilled_states(np.random.default_rng(1), goals))
+        with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
+            times.append(timed(lambda: rollout.generate_all(model, tokenizer, goals, starts, max_steps=10)))
+    yield "imagine, six layers, at most 10 actions, by rollouts", sizes, times
+    times = []
+    for processes in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+        with tempfile.TemporaryDirectory() as run:
+            command = [sys.executable, *launch, str(ROOT / "kalm.py"), "--scale", "cpu", "--output_dir", run, "--train_goals", "600"]
+            for stages in (["collect"], ["ground", "--ground_steps", "24", "--batch_examples", str(16 // processes)]):
+                log = subprocess.run([*command, "--stage", *stages], capture_output=True, text=True, check=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": str(CORES // processes)}).stdout
+        times.append(float(re.search(r"train_runtime': '?([0-9.]+)", log)[1]))
+    yield "ground, 24 steps of 16 examples shared among processes", [1, 2], times
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", metavar="WORD", help="rows with this word in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each stage at --scale cpu, some minutes")
+    parser.add_argument("--growth", action="store_true", help="instead, how the cost of each stage grows, a quarter of an hour")
     options = parser.parse_args()
     found = {"machine": f"{CORES} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
                         f"bf16 {'fast' if kalm.bf16_is_fast() else 'not used'}", "date": time.strftime("%Y-%m-%d"), "rows": {}}
+    if options.growth:
+        print(f"{found['machine']}, {found['date']}\n\n| what | sizes | seconds | exponent |\n" + "| --- " * 4 + "|")
+        for name, sizes, times in growth():
+            print(f"| {name} | {', '.join(f'{n:,}' for n in sizes)} | {', '.join(f'{t:.3g}' for t in times)} | {slope(sizes, times):.2f} |",
+                  flush=True)
+        return
     print(f"{found['machine']}, {found['date']}\n\n| what | ms | beside | ms | ratio | at most | |\n" + "| --- " * 7 + "|")
     for name, (function, beside, limit) in ROWS.items():
         if options.only in name:

@@ -131,16 +131,17 @@ def accuracy(algorithm, records, wanted, obs, **options):
     return (rl.policy_of(network, 0, table.table, np.zeros(len(obs), int))(obs, np.arange(len(obs))) == wanted).mean()
 
 
-def test_bc_imitates_and_cql_prefers_what_is_rewarded():
+@pytest.mark.parametrize("bf16", (False, True))
+def test_bc_imitates_and_cql_prefers_what_is_rewarded(bf16):
     rng = np.random.default_rng(0)
     obs = rng.uniform(-0.5, 0.5, (600, 10)).astype(np.float32)
     good = np.where(obs[:, 0] > 0, 3, 8)
     taken = np.where(rng.random(600) < 0.4, good, 20)
     mixed = [toy_record([o, o], [a], [100.0 if a != 20 else 0.0], a != 20) for o, a in zip(obs, taken)]
     clean = [toy_record([o, o], [a], [0.0], False) for o, a in zip(obs, good)]
-    assert accuracy("bc", clean, good, obs, steps=300) > 0.95
-    assert accuracy("bc", mixed, good, obs, steps=300) < 0.5  # most of the data does something else
-    assert accuracy("cql", mixed, good, obs, steps=400, conservative_weight=0.1, discount=0.5) > 0.9
+    assert accuracy("bc", clean, good, obs, steps=300, bf16=bf16) > 0.95
+    assert accuracy("bc", mixed, good, obs, steps=300, bf16=bf16) < 0.5  # most of the data does something else
+    assert accuracy("cql", mixed, good, obs, steps=400, conservative_weight=0.1, discount=0.5, bf16=bf16) > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------------ buffers
@@ -283,7 +284,7 @@ def test_policies_survive_the_disk_and_take_the_networks_best_action(tmp_path):
     assert seeds == [5, 2] and [p.name for p in tmp_path.iterdir()] == ["cql.safetensors"]
     obs, goals = np.random.default_rng(0).normal(0, 0.3, (9, 10)).astype(np.float32), np.arange(9) % 3
     with torch.no_grad():
-        x = rl.policy_input(torch.from_numpy(obs), torch.from_numpy(goals), table.table).expand(2, -1, -1)
+        x = torch.cat([rl.scaled(torch.from_numpy(obs)), table.table[goals]], -1).expand(2, -1, -1)
         best = network(x).argmax(-1).numpy()
     assert (best[0] != best[1]).any()
     for seed in range(2):
