@@ -31,7 +31,7 @@ OTHER_WORDS = {  # examples take turns among these and the one above, so that an
                     "Which goal does this behavior fulfil?", "Summarize the result for someone who did not watch."),
 }
 UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"  # never trained on, to ask for explanations with
-ROLLOUTS_PER_EXAMPLE = {"dynamics": 2, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
+ROLLOUTS_PER_EXAMPLE = {"dynamics": 4, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
 
 
 def text_ids(tokenizer, text):
@@ -152,12 +152,12 @@ def pack(examples, row_length=256):
 
 
 def observation_statistics(rollouts):
-    """KalmConfig's observation_mean, observation_std and change_std, the same for every ball so that balls stay alike."""
+    """KalmConfig's objects, observation_mean, observation_std and change_std, the same for every ball so that balls stay alike."""
     sample = [r["observations"] for r in rollouts[:5000]]
     balls = np.concatenate(sample).reshape(-1, 2)
     changes = np.concatenate([np.diff(o, axis=0) for o in sample]).reshape(-1, 2)
     tile = sample[0].shape[1] // 2
-    return {"observation_mean": balls.mean(0).tolist() * tile, "observation_std": balls.std(0).tolist() * tile,
+    return {"objects": tile, "observation_mean": balls.mean(0).tolist() * tile, "observation_std": balls.std(0).tolist() * tile,
             "change_std": changes.std(0).tolist() * tile}
 
 

@@ -91,7 +91,8 @@ OPTIONS = (
     Option("step_starts", "imagine", (2, 40, 40, 50), "the same for level easy, where a rollout is one action"),
     Option("temperatures", "imagine", ("1,1.3", "1,1,1.2,1.2", "1,1,1.2,1.2", "1"),
            "of sampled actions, one for each round; later rounds are for starts without a match"),
-    Option("step_tries", "imagine", (4, 40, 40, 1), "different first actions to try in the later rounds, for goals of one action"),
+    Option("candidates", "imagine", (3, 8, 8, 1), "actions to imagine at each step of the later rounds, of which the reward picks one"),
+    Option("step_candidates", "imagine", (4, 40, 40, 1), "the same for goals of one action"),
     Option("visited_share", "imagine", (0.5,),
            "of imagined rollouts that start in a state the data visited for another goal (counterfactual), not a new one"),
     Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined, as --keep explained, both and "
@@ -168,6 +169,8 @@ def parse_options(arguments):
         raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
     if options.visited_share > 1:
         raise ValueError(f"--visited_share must be at most 1, got {options.visited_share}")
+    if max(options.candidates, options.step_candidates) > env.NUM_ACTIONS:
+        raise ValueError(f"--candidates and --step_candidates are at most {env.NUM_ACTIONS}, the number of actions")
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
     try:
@@ -383,9 +386,9 @@ def imagine(options, state):
 def imagine_level(options, state, model, tokenizer, level, goals, visited, seed):
     """Rounds of imagining, one a temperature: the first from every start, each later one from the starts without a match.
 
-    So what is kept is spread over goals and starts as the starts are, not as the model's luck is. Goals of one action have one
-    later round, in which every action is tried that --step_tries allows. Goals of level offline, for comparison, have one start
-    and one round each. Returns records by round.
+    Later rounds look ahead: of several actions that the model would take, the reward picks the one with the best imagined outcome.
+    So what is kept is spread over goals and starts as the starts are, not as the model's luck is. Goals of level offline, for
+    comparison, have one start and one round each. Returns records by round.
     """
     rng, rounds = np.random.default_rng(seed), []
     repeats = {"offline": 1, "easy": options.step_starts}.get(level, options.starts_per_goal)
@@ -394,18 +397,19 @@ def imagine_level(options, state, model, tokenizer, level, goals, visited, seed)
     if level != "offline":
         elsewhere = rng.random(len(goals)) < options.visited_share
         starts[elsewhere] = env.unfulfilled_observations(rng, goals, visited)[elsewhere]
-    rows, of_one_action = np.arange(len(goals)), np.array([goal.kind == "step" for goal in goals])
+    rows = np.arange(len(goals))
+    candidates = np.array([options.step_candidates if goal.kind == "step" else options.candidates for goal in goals])
     for number, temperature in enumerate(map(float, options.temperatures.split(",")[:1 if level == "offline" else None])):
         mine = rows[state.process_index::state.num_processes]
         part = rollout.generate_all(
             model, tokenizer, [goals[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
-            tries=options.step_tries if number else 1, seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
+            candidates=candidates[mine] if number else 1, seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
         if options.self_check:
             for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
                 record.update(explanation=text, dynamics_error=error)
         part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
         rounds.append(part)
-        rows = rows[[not (r["success"] or number and of_one_action[i]) for i, r in zip(rows, part)]]
+        rows = rows[[not r["success"] for r in part]]
         if len(rows) == 0:
             break
     return rounds
@@ -664,7 +668,7 @@ def print_plan(options, todo):
     layers = (options.keep_layers or 30) / 8 if options.llm != "tiny" else 0.02
     policies, goals = len([m for m in options.methods.split(",") if m != "llm"]), options.novel_goals * options.starts_per_goal
     rounds, step_starts = len(options.temperatures.split(",")), options.novel_goals * options.step_starts
-    actions = goals * 1.2 * options.max_steps * (rounds + 1) / 2 + step_starts * (2 + options.step_tries / 20)
+    actions = goals * 1.2 * options.max_steps * (rounds + 1) / 2 + step_starts * (2 + options.step_candidates / 20)
     rollouts = goals * rounds + 2 * step_starts
     seconds = {
         "collect": options.train_goals * options.rollouts_per_goal * 2.7e-3,

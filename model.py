@@ -26,6 +26,7 @@ class KalmConfig(PretrainedConfig):
     backbone_config: configuration of the causal LM, as an object or a dict with `model_type`.
     observation_mean, observation_std: (observation_dim,) statistics that normalise states inside the model.
     change_std: (observation_dim,) scale of one-step state changes; the state head predicts changes in these units.
+    objects: how many like objects a state lists, each with as many numbers; an action is object * moves + move.
     frequencies: angular frequencies of the sines and cosines that each normalised number of a state enters as, beside itself.
     embedding_rms: root mean square that state and action embeddings start with.
     lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on all its linear layers (needs peft).
@@ -34,7 +35,8 @@ class KalmConfig(PretrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
 
     def __init__(self, backbone_config=None, observation_dim=10, num_actions=40, observation_mean=None, observation_std=None,
-                 change_std=None, frequencies=(1, 2, 4, 8), embedding_rms=0.02, head_width=512, lora_rank=0, **kwargs):
+                 change_std=None, objects=1, frequencies=(1, 2, 4, 8), embedding_rms=0.02, head_width=512, lora_rank=0,
+                 **kwargs):
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config
@@ -42,7 +44,7 @@ class KalmConfig(PretrainedConfig):
         self.observation_mean = list(observation_mean or [0.0] * observation_dim)
         self.observation_std = list(observation_std or [1.0] * observation_dim)
         self.change_std = list(change_std or [1.0] * observation_dim)
-        self.frequencies = list(frequencies)
+        self.objects, self.frequencies = objects, list(frequencies)
         self.embedding_rms, self.head_width, self.lora_rank = embedding_rms, head_width, lora_rank
         super().__init__(**kwargs)
 
@@ -100,7 +102,9 @@ class KalmForRollouts(PreTrainedModel):
         features = config.observation_dim * (1 + 2 * len(config.frequencies))
         self.state_embedding = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, hidden))
         self.action_embedding = nn.Embedding(config.num_actions, hidden)
-        self.state_head = nn.Sequential(nn.Linear(2 * hidden, width), nn.GELU(), nn.Linear(width, config.observation_dim))
+        view = (2 - 1 / config.objects) * config.observation_dim * (1 + 2 * len(config.frequencies)) + config.num_actions // config.objects
+        self.state_head = nn.Sequential(nn.Linear(hidden + int(view), 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * width), nn.GELU(),
+                                        nn.Linear(2 * width, config.observation_dim))
         self.action_head = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.num_actions))
         for name in ("observation_mean", "observation_std", "change_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float32))
@@ -116,11 +120,13 @@ class KalmForRollouts(PreTrainedModel):
         elif module is self.state_embedding[2]:  # its input layer came before, so a sample shows the scale to correct
             module.reset_parameters()
             sample = torch.randn(256, self.config.observation_dim, generator=torch.Generator().manual_seed(0))
-            scale = self.state_embedding(self.features(sample.to(module.weight))).square().mean().sqrt()
+            scale = self.state_embedding(self.waves(sample.to(module.weight))).square().mean().sqrt()
             module.weight.mul_(self.config.embedding_rms / scale)
             module.bias.mul_(self.config.embedding_rms / scale)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
+            if module is self.state_head[0]:  # begins with what it sees, and learns what the hidden state adds
+                module.weight[:, :self.config.backbone_config.get_text_config().hidden_size] = 0
 
     @classmethod
     def from_llm(cls, llm, embedding_scale=1.0, seed=0, **config):
@@ -184,22 +190,34 @@ class KalmForRollouts(PreTrainedModel):
         """Names of the parameters that grounding adds: everything outside the backbone, and LoRA's adapters."""
         return [name for name, _ in self.named_parameters() if not name.startswith("backbone.") or ".lora_" in name]
 
-    def features(self, normalised):
-        """What the state embedding reads: normalised states (..., observation_dim) with their sines and cosines."""
-        waves = [wave(normalised * w) for w in self.config.frequencies for wave in (torch.sin, torch.cos)]
-        return torch.cat([normalised, *waves], -1)
+    def waves(self, numbers):
+        """Normalised numbers (..., N) with their sines and cosines, (..., N * (1 + 2 * frequencies))."""
+        return torch.cat([numbers, *(wave(numbers * w) for w in self.config.frequencies for wave in (torch.sin, torch.cos))], -1)
 
     def embed(self, input_ids, modality, states):
-        """Input embeddings (B, L, D) of an interleaved sequence, and what the state head sees of states and actions beside
-
-        the hidden states (B, L, D); arguments as in `forward`.
-        """
+        """Input embeddings (B, L, D) of an interleaved sequence; arguments as in `forward`."""
         tokens = self.get_input_embeddings()(input_ids.where(modality == TEXT, 0))
         actions = self.action_embedding(input_ids.where(modality == ACTION, 0))
-        seen = self.state_embedding(self.features((states - self.observation_mean) / self.observation_std))
+        seen = self.state_embedding(self.waves((states - self.observation_mean) / self.observation_std))
         is_state, is_action = (modality == STATE)[..., None], (modality == ACTION)[..., None]
-        embeddings = torch.where(is_state, seen.to(tokens.dtype), torch.where(is_action, actions.to(tokens.dtype), tokens))
-        return embeddings, seen + actions * is_action
+        return torch.where(is_state, seen.to(tokens.dtype), torch.where(is_action, actions.to(tokens.dtype), tokens))
+
+    def acted_view(self, input_ids, modality, states):
+        """A state as the object that an action moves sees it: that object first, then the others by their distance from it.
+
+        Physics is the same for every object, so the state head need not learn it for each. Returns the features (B, L, F),
+        and which object comes at each place (B, L, objects); without an action they come as the state lists them.
+        """
+        moves, is_action = self.config.num_actions // self.config.objects, modality == ACTION
+        objects = states.unflatten(-1, (self.config.objects, -1))
+        acted = torch.where(is_action, input_ids // moves, 0)[..., None]
+        distance = (objects - objects.take_along_dim(acted[..., None], 2)).norm(dim=-1).scatter(-1, acted, -1)
+        order = torch.where(is_action[..., None], distance.argsort(-1), torch.arange(self.config.objects, device=states.device))
+        objects = objects.take_along_dim(order[..., None], 2)
+        places = (objects.flatten(-2) - self.observation_mean) / self.observation_std
+        offsets = ((objects[..., 1:, :] - objects[..., :1, :]).flatten(-2)) / self.observation_std[:-objects.shape[-1]]
+        move = F.one_hot(input_ids % moves, moves) * is_action[..., None]
+        return torch.cat([self.waves(torch.cat([places, offsets], -1)), move], -1), order
 
     def forward(self, input_ids, modality, states, segments=None, attention_mask=None, position_ids=None, predict=None,
                 task=None, cache=None, use_cache=False, text_logits=0):
@@ -214,7 +232,7 @@ class KalmForRollouts(PreTrainedModel):
         task: (B, L) int64 index into TASKS, for the losses by task.
         text_logits: the last so many positions also get `logits`, which cost as much as several layers; None: all.
         """
-        embeddings, seen = self.embed(input_ids, modality, states)
+        embeddings = self.embed(input_ids, modality, states)
         if segments is not None:
             attention_mask = segment_mask(segments, embeddings.dtype)
         out = self.backbone.base_model(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
@@ -224,8 +242,10 @@ class KalmForRollouts(PreTrainedModel):
         if text_logits != 0:
             result.logits = self.backbone.get_output_embeddings()(hidden[:, -text_logits:] if text_logits else hidden)
         result.action_logits = self.action_head(hidden)
-        change = self.state_head(torch.cat([hidden, seen.to(hidden.dtype)], -1))
-        result.state_pred = states + change.float() * self.change_std
+        view, order = self.acted_view(input_ids, modality, states)
+        change = self.state_head(torch.cat([hidden, view.to(hidden.dtype)], -1)).unflatten(-1, (self.config.objects, -1))
+        change = change.take_along_dim(order.argsort(-1)[..., None], -2).flatten(-2).float()  # each object back in its place
+        result.state_pred = states + change * self.change_std
         if predict is not None:
             self._add_losses(result, hidden, change, input_ids, modality, states, predict, task)
         return result
@@ -239,7 +259,7 @@ class KalmForRollouts(PreTrainedModel):
         losses = {
             TEXT: F.cross_entropy(text_logits.float(), input_ids[:, 1:][text], reduction="none"),
             ACTION: F.cross_entropy(result.action_logits[:, :-1][action].float(), input_ids[:, 1:][action], reduction="none"),
-            STATE: ((states[:, 1:][state] - states[:, :-1][state]) / self.change_std - change[:, :-1][state].float()).square().mean(-1)}
+            STATE: ((states[:, 1:][state] - states[:, :-1][state]) / self.change_std - change[:, :-1][state]).square().mean(-1)}
         result.text_loss, result.action_loss, result.state_loss = (_mean(losses[k]) for k in (TEXT, ACTION, STATE))
         result.loss = result.text_loss + 0.5 * result.action_loss + 0.5 * result.state_loss
         if task is not None:

@@ -4,7 +4,6 @@ The loop reads like the paper's (section 4.2): from a start state and a goal the
 expects, the next action... The same loop acts in the environment when the physics writes the states instead.
 This file knows nothing of training.
 """
-import itertools
 import shutil
 from pathlib import Path
 
@@ -50,21 +49,33 @@ def decode_one(model, modality, index, states, mask, positions, cache, text_logi
                  position_ids=positions[:, None], cache=cache, use_cache=True, text_logits=text_logits)
 
 
-def sample_actions(logits, temperature, generator):
-    """Actions (B,) from logits (B, 40): the best one at temperature 0, else drawn."""
+def sample_actions(logits, temperature, generator, count=1):
+    """count different actions (B, count) from logits (B, 40): the best ones at temperature 0, else drawn."""
     if temperature == 0:
-        return logits.argmax(-1)
-    weights = (logits.float() / temperature).softmax(-1).cpu()
-    return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logits.device)
+        return logits.topk(count).indices
+    weights = (logits.float() / temperature).softmax(-1).clamp(min=1e-9).cpu()
+    return torch.multinomial(weights, count, generator=generator).to(logits.device)
+
+
+def best_candidates(goals, obs, nexts, actions):
+    """Which of the actions tried in each row is expected to lead nearest to its goal, and at best to it.
+
+    goals: (B, 10) array; obs: (B, 10); nexts: (B * count, 10), imagined; actions: (B, count). Returns indices (B,) into nexts.
+    """
+    count = actions.shape[1]
+    goals, obs = np.repeat(goals, count, 0), np.repeat(obs, count, 0)
+    distance = env.potential(goals, nexts) - 1e6 * env.success(goals, obs, nexts, actions.reshape(-1), imagined=True)
+    return distance.reshape(-1, count).argmin(1) + count * np.arange(len(actions))
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_steps=env.MAX_STEPS, seed=0, states=None):
+def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_steps=env.MAX_STEPS, seed=0, states=None, candidates=1):
     """Roll out one goal from one start a row, with a key-value cache that lives through the rollout.
 
     goals: B goals; observations: (B, 10). Each row ends when the judge says success, after max_steps actions, and
     after one action for step goals; finished rows leave the batch. states: (B, 69) physics states, to act in the
-    environment instead of imagining. Returns B rollout records.
+    environment instead of imagining. candidates: different actions that the model imagines at each step, to go on with the one
+    that the reward likes best. Returns B rollout records.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -78,12 +89,20 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
     cache, running = out.cache, np.arange(len(goals))
     one = mask.new_ones(len(goals), 1)
     for step in range(max_steps):
-        actions = sample_actions(out.action_logits[:, -1], temperature, generator)
+        actions = sample_actions(out.action_logits[:, -1], temperature, generator, candidates)
         mask = torch.cat([mask, one[:len(mask)]], 1)
-        out = decode_one(model, ACTION, actions, obs, mask, positions, cache)
-        before, played = obs.cpu().numpy(), actions.cpu().numpy()
+        if candidates > 1:
+            cache.batch_repeat_interleave(candidates)
+        out = decode_one(model, ACTION, actions.flatten(), *(x.repeat_interleave(candidates, 0) for x in (obs, mask, positions)), cache)
+        before, imagined = obs.cpu().numpy(), out.state_pred[:, -1]
+        if candidates > 1:
+            best = best_candidates(array[running], before, imagined.cpu().numpy(), actions.cpu().numpy())
+            best = torch.as_tensor(best, device=model.device)
+            cache.batch_select_indices(best)
+            imagined, actions = imagined[best], actions.flatten()[best]
+        played = actions.flatten().cpu().numpy()
         if physics is None:
-            obs = out.state_pred[:, -1]
+            obs = imagined
         else:
             physics[running] = env.step_batch(physics[running], played)
             obs = torch.as_tensor(env.observe(physics[running]), device=model.device)
@@ -109,56 +128,20 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
             for i, (goal, path, a) in enumerate(zip(goals, paths, moves))]
 
 
-@torch.inference_mode()
-def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=0.0, seed=0):
-    """Imagine one action a row for step goals, and where it misses its goal another one from the same start, up to `tries`
-
-    different ones. All tries share the prompt's part of the cache. Arguments as in `generate`; returns B records, of each
-    row the last try.
-    """
-    model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    array, records = env.goal_array(goals), [None] * len(goals)
-    obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
-    out, mask, positions = prefill(model, [text_positions(prompt_ids(tokenizer, "generation", goal.text)) + rollout_positions([o])
-                                           for goal, o in zip(goals, obs.cpu().numpy())])
-    cache, logits, running = out.cache, out.action_logits[:, -1].clone(), np.arange(len(goals))
-    mask = torch.cat([mask, mask.new_ones(len(goals), 1)], 1)
-    for _ in range(min(tries, env.NUM_ACTIONS)):
-        actions = sample_actions(logits, temperature, generator)
-        out = decode_one(model, ACTION, actions, obs, mask, positions, cache)
-        before, after, played = obs.cpu().numpy(), out.state_pred[:, -1].cpu().numpy(), actions.cpu().numpy()
-        judged = env.success(array[running], before, after, played, imagined=True)
-        for row, *path, action in zip(running, before, after, played):
-            records[row] = env.rollout_record(goals[row], np.array(path), np.array([action], np.int64), imagined=True)
-        logits.scatter_(1, actions[:, None], -torch.inf)
-        cache.crop(-1)  # the action leaves the cache, the prompt and the start stay
-        if judged.any():
-            keep = torch.as_tensor(np.flatnonzero(~judged), device=model.device)
-            running, obs, mask, positions, logits = running[~judged], obs[keep], mask[keep], positions[keep], logits[keep]
-            cache.batch_select_indices(keep)
-        if len(running) == 0:
-            break
-    return records
-
-
-def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, tries=1, description="imagine", **options):
+def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, candidates=1, description="imagine", **options):
     """`generate` in batches of goals with texts of like length, with a progress bar; returns records in the order of goals.
 
-    tries: of the first action of imagined step goals, see `generate_steps`.
+    candidates: for all goals, or a number for each. batch_size: rows of the model, of which each candidate takes one.
     """
-    step = np.array([states is None and tries > 1 and g.kind == "step" for g in goals])
-    order = np.lexsort(([len(g.text) for g in goals], step))
-    ends = {*range(0, len(goals), batch_size), int((~step).sum()), len(goals)}  # no batch has both kinds
+    counts, seed = np.broadcast_to(candidates, len(goals)), options.pop("seed", 0)
+    order, batches = np.lexsort(([len(g.text) for g in goals], counts)), []
+    while len(order):
+        size = min(max(1, batch_size // counts[order[0]]), (counts[order] == counts[order[0]]).sum())
+        batches, order = [*batches, order[:size]], order[size:]
     records = [None] * len(goals)
-    seed = options.pop("seed", 0)
-    for start, end in tqdm(list(itertools.pairwise(sorted(ends))), desc=description, disable=len(goals) <= batch_size):
-        rows = order[start:end]
-        some, begin = [goals[r] for r in rows], np.asarray(observations)[rows]
-        if step[rows[0]]:
-            part = generate_steps(model, tokenizer, some, begin, tries=tries, temperature=options.get("temperature", 0.0), seed=seed + start)
-        else:
-            part = generate(model, tokenizer, some, begin, seed=seed + start, states=None if states is None else states[rows], **options)
+    for number, rows in enumerate(tqdm(batches, desc=description, disable=len(batches) < 2)):
+        part = generate(model, tokenizer, [goals[r] for r in rows], np.asarray(observations)[rows], seed=seed + number,
+                        states=None if states is None else states[rows], candidates=int(counts[rows[0]]), **options)
         for row, record in zip(rows, part):
             records[row] = record
     return records

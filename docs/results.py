@@ -38,7 +38,7 @@ RUNS = {  # name: (parent, options, stages)
     "unbalanced": ("validation", ["--balance_goals", "0", "--methods", "bc+kalm"], ["learn", "evaluate"]),
     **{f"share {x}": ("validation", ["--imaginary_share", x, "--methods", "bc+kalm"], ["learn", "evaluate"]) for x in ("0.1", "0.5")},
     **{f"kept {n}": ("validation", ["--kept_per_goal", n, "--methods", "bc+kalm"], ["learn", "evaluate"]) for n in ("1", "5")},
-    "one try": ("validation", ["--step_tries", "1", "--temperatures", "1,1", "--self_check", "0", "--methods", "bc+kalm"],
+    "no candidates": ("validation", ["--candidates", "1", "--step_candidates", "1", "--self_check", "0", "--methods", "bc+kalm"],
                 ["imagine", "learn", "evaluate"]),
     "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
@@ -138,7 +138,7 @@ def page(folder, target=ROOT):
         "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m",
         "unbalanced": "drawn by transition, not by goal", "new starts": "no counterfactual goals: imagined from new starts alone",
         "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
-        "one try": "two rounds, at temperature 1, and no more than one action tried in each",
+        "no candidates": "no looking ahead: one action imagined at each step of the later rounds",
         "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
     ground_names = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
         "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",

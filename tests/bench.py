@@ -232,7 +232,7 @@ def step_beside_backbone():
     model, tokenizer = default_model()
     examples = ground.GroundingExamples(real_rollouts(), tokenizer)
     batch = ground.pack([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:32]])
-    embeddings = model.embed(batch["input_ids"], batch["modality"], batch["states"])[0].detach()
+    embeddings = model.embed(batch["input_ids"], batch["modality"], batch["states"]).detach()
 
     def bare():
         with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):

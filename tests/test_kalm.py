@@ -207,20 +207,20 @@ def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chos
 
 # -------------------------------------------------------------------------------------------------- rounds of imagining
 
-@pytest.mark.parametrize("level, later", [("hard", [13, 9]), ("easy", [13])])
-def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level, later):
+@pytest.mark.parametrize("level, candidates", [("hard", 3), ("easy", 9)])
+def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level, candidates):
     goals, asked = kalm.env.sample_goals(level, "test", 5, np.random.default_rng(0)), []
 
     def imagine_some(model, tokenizer, wanted, starts, **options):
-        asked.append((options["temperature"], options["tries"], [(g, s.tobytes()) for g, s in zip(wanted, starts, strict=True)]))
+        asked.append((options["temperature"], set(np.atleast_1d(options["candidates"])), [(g, s.tobytes()) for g, s in zip(wanted, starts, strict=True)]))
         return [{"success": i % 3 == len(asked) - 1 or len(asked) == 3, "goal": g} for i, g in enumerate(wanted)]
     monkeypatch.setattr(kalm.rollout, "generate_all", imagine_some)
-    options = kalm.parse_options(["--scale", "smoke", "--starts_per_goal", "4", "--step_starts", "4", "--step_tries", "9",
+    options = kalm.parse_options(["--scale", "smoke", "--starts_per_goal", "4", "--step_starts", "4", "--step_candidates", "9",
                                   "--self_check", "0", "--visited_share", "0.5", "--temperatures", "1,2,3,4"])
     visited = kalm.env.observe(kalm.env.initial_states(np.random.default_rng(1), 7))
     rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0)
-    assert [len(made) for made in rounds] == [20, *later]
-    assert [(t, tries) for t, tries, _ in asked] == [(1, 1), (2, 9), (3, 9)][:len(rounds)]
+    assert [len(made) for made in rounds] == [20, 13, 9]
+    assert [(t, tried) for t, tried, _ in asked] == [(1, {1}), (2, {candidates}), (3, {candidates})]
     starts = [pairs for _, _, pairs in asked]
     assert [g for g, _ in starts[0]] == [goal for goal in goals for _ in range(4)] and len(set(starts[0])) >= 15
     for number, (before, after) in enumerate(zip(starts, starts[1:])):
@@ -269,7 +269,8 @@ BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
     "a method twice": (["--methods", "bc,bc"], "", "--methods"),
     "unknown task": (["--tasks", "dynamics,sleep"], "", "sleep"),
     "temperatures no numbers": (["--temperatures", "1;2"], "", "--temperatures"),
-    "no tries": (["--step_tries", "0"], "", "--step_tries"),
+    "no candidates": (["--step_candidates", "0"], "", "--step_candidates"),
+    "more candidates than actions": (["--candidates", "41"], "", "--candidates"),
     "negative temperature": (["--temperatures", "1,-1"], "", "--temperatures"),
     "negative seed": (["--seed", "-1"], "", "--seed"),
     "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),

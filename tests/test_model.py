@@ -236,10 +236,37 @@ def test_each_position_enters_as_its_token_its_action_or_its_normalised_state():
     ids, modality, states = (batch[k][0] for k in ("input_ids", "modality", "states"))
     tables = {TEXT: model.get_input_embeddings().weight, ACTION: model.action_embedding.weight}
     with torch.no_grad():
-        (embedded,), _ = model.embed(batch["input_ids"], batch["modality"], batch["states"])
+        embedded, = model.embed(batch["input_ids"], batch["modality"], batch["states"])
         for i in range(14):  # then comes padding
             kind = int(modality[i])
             x = (states[i] - 0.4) / 3
             waves = [f(w * x) for w in (1, 2, 4, 8) for f in (torch.sin, torch.cos)]
             expected = model.state_embedding(torch.cat([x, *waves])) if kind == STATE else tables[kind][ids[i]]
             torch.testing.assert_close(embedded[i], expected)
+
+
+def test_physics_is_the_same_whichever_object_a_state_lists_first():
+    model = tiny_model("llama", objects=5, observation_mean=[0.1, 0.2] * 5, observation_std=[0.3, 0.2] * 5, change_std=[0.1, 0.2] * 5)
+    with torch.no_grad():  # the hidden state may tell objects apart, so it is left out
+        model.state_head[0].weight[:, :64] = 0
+    states = torch.randn(1, 40, 10, generator=torch.Generator().manual_seed(2)) * 0.3
+    action = torch.arange(40)[None]
+    order = torch.tensor([3, 0, 4, 1, 2])  # object i is listed at place order[i]
+    renamed = torch.empty(1, 40, 5, 2)
+    renamed[:, :, order] = states.unflatten(-1, (5, 2))
+    with torch.no_grad():
+        first, second = (model(a, torch.full_like(a, ACTION), s).state_pred for a, s in (
+            (action, states), (order[action // 8] * 8 + action % 8, renamed.flatten(2))))
+    torch.testing.assert_close(second.unflatten(-1, (5, 2))[:, :, order].flatten(2), first)
+    moved = (first - states).unflatten(-1, (5, 2)).norm(dim=-1)
+    assert moved.min() > 0 and moved.std() > 0.01
+
+
+def test_the_acted_object_is_seen_first_and_the_others_by_their_distance():
+    model = tiny_model("llama", objects=5)
+    states = torch.tensor([[[0.0, 0, 1, 0, 3, 0, 7, 0, 15, 0]]]).expand(1, 3, 10)
+    modality = torch.tensor([[ACTION, ACTION, STATE]])
+    features, order = model.acted_view(torch.tensor([[2 * 8 + 5, 4 * 8, 0]]), modality, states)
+    assert order[0].tolist() == [[2, 1, 0, 3, 4], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4]]
+    assert features[0, 0, :18].tolist() == [3, 0, 1, 0, 0, 0, 7, 0, 15, 0, -2, 0, -3, 0, 4, 0, 12, 0]
+    assert features[0, :, -8:].argmax(-1).tolist()[:2] == [5, 0] and features[0, :, -8:].sum(-1).tolist() == [1, 1, 0]

@@ -20,23 +20,28 @@ def mixed(rollouts):
     return goals, np.concatenate([[r["states"][0] for r in known], env.initial_states(rng, 12)])
 
 
-def slow_rollout(model, tokenizer, goal, obs, max_steps):
+def slow_rollout(model, tokenizer, goal, obs, max_steps, candidates=1):
     """Twin of greedy `generate`: one goal, and the whole sequence again for every new position, without a cache."""
     ids = tokenizer(PROMPTS["generation"].format(goal=goal.text), add_special_tokens=False)["input_ids"]
     sequence = [(TEXT, i, torch.zeros(10)) for i in ids] + [(STATE, 0, torch.as_tensor(obs))]
 
-    def run():
-        modality, index, states = zip(*sequence)
+    def run(*more):
+        modality, index, states = zip(*sequence, *more)
         with torch.no_grad():
             return model(torch.tensor([index]), torch.tensor([modality]), torch.stack(states)[None])
     path, actions = [sequence[-1][2]], []
     while len(actions) < max_steps:
-        actions.append(int(run().action_logits[0, -1].argmax()))
-        sequence.append((ACTION, actions[-1], path[-1]))
-        path.append(run().state_pred[0, -1])
-        sequence.append((STATE, 0, path[-1]))
-        before, after = path[-2].numpy()[None], path[-1].numpy()[None]
-        if env.success(goal, before, after, np.array(actions[-1:]), imagined=True)[0] or goal.kind == "step":
+        outcomes = []  # fulfilled, then the least potential, then the likelier action
+        for rank, action in enumerate(run().action_logits[0, -1].argsort(descending=True)[:candidates].tolist()):
+            imagined = run((ACTION, action, path[-1])).state_pred[0, -1]
+            before, after = path[-1].numpy()[None], imagined.numpy()[None]
+            good = bool(env.success(goal, before, after, np.array([action]), imagined=True)[0])
+            outcomes.append((not good, env.potential(goal, after)[0], rank, action, imagined))
+        missed, _, _, action, imagined = min(outcomes, key=lambda outcome: outcome[:3])
+        actions.append(action)
+        sequence += [(ACTION, action, path[-1]), (STATE, 0, imagined)]
+        path.append(imagined)
+        if not missed or goal.kind == "step":
             break
     return torch.stack(path).numpy(), actions
 
@@ -78,30 +83,28 @@ def test_sampling_repeats_with_its_seed_only(grounded, mixed):
     assert same_rollouts(runs[0], runs[1]) and not same_rollouts(runs[0], runs[2])
 
 
-def test_step_goals_try_the_next_best_action_until_one_matches(grounded, mixed):
+def test_of_several_candidates_the_reward_picks_the_best_imagined_outcome(grounded, mixed):
     model, tokenizer, _ = grounded
-    goals = env.sample_goals("easy", "test", 20, np.random.default_rng(3))
-    starts = env.observe(mixed[1][:20])
-    records = rollout.generate_all(model, tokenizer, goals, starts, tries=20, batch_size=7)
-    tried = []
-    for goal, obs, record in zip(goals, starts, records):
-        ids = tokenizer(PROMPTS["generation"].format(goal=goal.text), add_special_tokens=False)["input_ids"]
-        modality, states = torch.tensor([[TEXT] * len(ids) + [STATE, ACTION]]), torch.zeros(1, len(ids) + 2, 10)
-        states[:, -2:] = torch.as_tensor(obs)
-        with torch.no_grad():
-            ranked = model(torch.tensor([[*ids, 0]]), modality[:, :-1], states[:, :-1]).action_logits[0, -1].argsort(descending=True)
-        for number, action in enumerate(ranked[:20].tolist(), start=1):  # each one asked anew, without a cache
-            with torch.no_grad():
-                after = model(torch.tensor([[*ids, 0, action]]), modality, states).state_pred[0, -1].numpy()
-            match = bool(env.success(goal, obs[None], after[None], np.array([action]), imagined=True)[0])
-            if match:
-                break
-        tried.append((number, match))
-        assert record["actions"].tolist() == [action] and record["success"] == match and env.goal_of(record) == goal
-        np.testing.assert_allclose(record["observations"], [obs, after], atol=1e-4)
-    assert {match for _, match in tried} == {True, False} and len({number for number, _ in tried}) > 2
-    hot = [rollout.generate_all(model, tokenizer, goals, starts, tries=20, temperature=5.0, seed=s) for s in (1, 1, 2)]
+    goals, starts = mixed[0], env.observe(mixed[1])
+    counts = np.where([g.kind == "step" for g in goals], 40, 5)
+    records = rollout.generate_all(model, tokenizer, goals, starts, candidates=counts, batch_size=60, max_steps=4)
+    for goal, obs, count, record in zip(goals, starts, counts, records, strict=True):
+        path, actions = slow_rollout(model, tokenizer, goal, obs, 4, count)
+        assert record["actions"].tolist() == actions and env.goal_of(record) == goal
+        np.testing.assert_allclose(record["observations"], path, atol=1e-4)
+    plain = rollout.generate_all(model, tokenizer, goals, starts, max_steps=4)
+    assert sum(r["success"] for r in records) > sum(r["success"] for r in plain)
+    hot = [rollout.generate_all(model, tokenizer, goals, starts, candidates=5, max_steps=4, temperature=5.0, seed=s) for s in (1, 1, 2)]
     assert same_rollouts(hot[0], hot[1]) and not same_rollouts(hot[0], hot[2])
+
+
+def test_sampled_candidates_differ_and_follow_their_probabilities():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1).expand(20000, 4)
+    drawn = rollout.sample_actions(logits, 1.0, torch.Generator().manual_seed(0), 2)
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    shares = torch.bincount(drawn[:, 0], minlength=4) / 20000
+    np.testing.assert_allclose(shares, logits[0].exp(), atol=0.015)
+    assert rollout.sample_actions(logits[:1], 0, None, 3).tolist() == [[0, 1, 2]]
 
 
 def test_batches_do_not_change_greedy_rollouts_nor_their_order(grounded, mixed):
