@@ -227,7 +227,7 @@ def test_new_embeddings_start_at_the_asked_scale_of_the_token_embeddings(scale):
     model = KalmForRollouts.from_llm(language_model, embedding_scale=scale, seed=4)
     with torch.no_grad():
         wanted = scale * language_model.get_input_embeddings().weight.square().mean().sqrt().item()
-        states = model.state_embedding(model.features(torch.randn(2000, 10))).square().mean().sqrt().item()
+        states = model.state_embedding(model.waves(torch.randn(2000, 10))).square().mean().sqrt().item()
         assert [model.action_embedding.weight.square().mean().sqrt().item(), states] == pytest.approx([wanted] * 2, rel=0.1)
 
 
