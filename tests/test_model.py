@@ -259,7 +259,7 @@ def test_physics_is_the_same_whichever_object_a_state_lists_first():
             (action, states), (order[action // 8] * 8 + action % 8, renamed.flatten(2))))
     torch.testing.assert_close(second.unflatten(-1, (5, 2))[:, :, order].flatten(2), first)
     moved = (first - states).unflatten(-1, (5, 2)).norm(dim=-1)
-    assert moved.min() > 0 and moved.std() > 0.01
+    assert moved.min() > 0 and moved.std() > 0.003  # every object, and not all alike
 
 
 def test_the_acted_object_is_seen_first_and_the_others_by_their_distance():
