@@ -171,7 +171,7 @@ def check_actions(actions):
 
 def check_reach(observations):
     if np.abs(observations).max() > REACH:
-        raise ValueError(f"observations reach {np.abs(observations).max():.3g}; they are metres on the table, at most {REACH} from its middle")
+        raise ValueError(f"observations reach {np.abs(observations).max():.3g}; they are metres, at most {REACH} from the middle")
 
 
 def relation_of_text(text):
@@ -417,7 +417,8 @@ def minari_recordings(path):
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{folder / 'metadata.json'} is not the metadata of a Minari dataset") from None
     if kind != "hdf5" or type(count) is not int:
-        raise ValueError(f"{folder / 'metadata.json'}: total_episodes {str(count)[:20]}, data_format {str(kind)[:20]!r}; only 'hdf5' is read")
+        raise ValueError(f"{folder / 'metadata.json'}: total_episodes {str(count)[:20]!r} and data_format {str(kind)[:20]!r}; they must be "
+                         "a number and 'hdf5'")
     h5py = hdf5()
     try:
         with h5py.File(folder / "main_data.hdf5", "r") as file:
