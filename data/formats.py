@@ -61,7 +61,7 @@ def read(path, seed=0):
         odd["contradicted"] += contradicted
         odd["completed"] += recording.get("completed", False)
     if not records:
-        raise ValueError(f"{path}: no rollouts in it")
+        raise ValueError(f"{path}: no rollouts in it; a recording needs at least one")
     return records, odd
 
 
@@ -113,13 +113,11 @@ def judged(recording):
     imagined, explanation, dynamics_error (T,).
     """
     goal, imagined = recording["goal"], recording.get("imagined", False)
-    actions = whole_numbers("actions", recording["actions"])
+    actions = whole_actions(recording["actions"])
     steps = len(actions)
-    if steps == 0:
-        raise ValueError("actions is empty; a rollout needs at least one action")
     observations = numbers("observations", recording["observations"], (steps + 1, None))[:, :env.OBSERVATION_DIM].astype(np.float32)
     states = recording.get("states")
-    record = env.rollout_record(goal, observations, check_actions(actions), imagined=imagined, states=None if states is None else numbers(
+    record = env.rollout_record(goal, observations, actions, imagined=imagined, states=None if states is None else numbers(
         "states", states, (steps + 1, env.STATE_DIM)).astype(np.float64))
     if recording.get("dynamics_error") is not None:
         record["dynamics_error"] = numbers("dynamics_error", recording["dynamics_error"], (steps,)).astype(np.float32)
@@ -153,20 +151,18 @@ def numbers(field, values, shape):
     return values
 
 
-def whole_numbers(field, values):
+def whole_actions(values):
+    """Actions as int64. Raises ValueError unless they are one or more whole numbers in 0..39."""
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "iuf":
-        raise ValueError(f"{field} must be one whole number a step, got shape {values.shape}, type {values.dtype}")
+        raise ValueError(f"actions must be one whole number a step, got shape {values.shape}, type {values.dtype}")
+    if len(values) == 0:
+        raise ValueError("actions is empty; a rollout needs at least one action")
     if not np.isfinite(values).all() or (values != np.floor(values)).any():
-        raise ValueError(f"{field} must be whole numbers, and some are not")
-    return values
-
-
-def check_actions(actions):
-    """Actions as int64. Raises ValueError if one is not in 0..39."""
-    if actions.min() < 0 or actions.max() >= env.NUM_ACTIONS:
-        raise ValueError(f"actions must be in 0..{env.NUM_ACTIONS - 1}, got {actions.min()}..{actions.max()}")
-    return actions.astype(np.int64)
+        raise ValueError("actions must be whole numbers, and some are not")
+    if values.min() < 0 or values.max() >= env.NUM_ACTIONS:
+        raise ValueError(f"actions must be in 0..{env.NUM_ACTIONS - 1}, got {values.min()}..{values.max()}")
+    return values.astype(np.int64)
 
 
 def check_reach(observations):
@@ -289,12 +285,12 @@ def npy_array(stream, name, size):
     if dtype.kind not in "biufSU":
         raise ValueError(f"field {name!r} has type {dtype}; only numbers and texts are read")
     wanted = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or wanted > size or dtype.itemsize == 0:
+    if min(shape, default=0) < 0 or wanted > size or dtype.itemsize == 0 or len(shape) > 32:
         raise ValueError(f"field {name!r} is to be {shape} of {dtype}, more than its {size} bytes")
     content = stream.read(wanted)
     if len(content) < wanted:
         raise ValueError(f"field {name!r} is cut short")
-    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+    return pickled.array_over(content, dtype, shape, "F" if fortran else "C")
 
 
 def array_recordings(path, arrays, seed):
@@ -346,11 +342,11 @@ def array_recording(fields, mask, rng):
     actions, observations = fields["actions"][:steps], fields["observations"]
     recording = {"goal": goal, "actions": actions, "imagined": bool(fields.get("imagined", False)),
                  **{name: fields[name][:steps] for name in ("rewards", "terminals", "dynamics_error") if name in fields}}
-    if "states" in fields and len(fields["states"]) == len(mask) + 1 and not np.isnan(fields["states"][0]).any():
+    if "states" in fields and len(fields["states"]) == len(mask) + 1 and not unknown(fields["states"]):
         recording["states"] = fields["states"][:steps + 1]
     if "explanations" in fields and (said := plain_text("explanations", fields["explanations"])):
         recording["explanation"] = said
-    if np.isnan(recording.get("dynamics_error", np.zeros(1))[:1]).any():
+    if "dynamics_error" in recording and unknown(recording["dynamics_error"]):
         del recording["dynamics_error"]
     if len(observations) == len(mask) + 1 or steps == 0:
         return {**recording, "observations": observations[:steps + 1]}
@@ -361,9 +357,14 @@ def array_recording(fields, mask, rng):
             raise ValueError("next_observations of a step are not the observations of the step after it")
         return {**recording, "observations": np.concatenate([before, after[-1:]])}
     check_reach(before)
-    last = check_actions(whole_numbers("actions", actions))[-1:]
+    last = whole_actions(actions)[-1:]
     reached = env.observe(env.step_batch(env.state_from_observation(before[-1:]), last))
     return {**recording, "observations": np.concatenate([before, reached]), "completed": True}
+
+
+def unknown(values):
+    """Whether the numbers of a rollout are NaN throughout, which stands for a field that it does not have."""
+    return values.dtype.kind == "f" and bool(np.isnan(values).all())
 
 
 def plain_text(field, value):
@@ -371,7 +372,7 @@ def plain_text(field, value):
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bytes):
-        value = value.decode("utf-8")
+        value = value.decode("utf-8", "replace")
     if not isinstance(value, str):
         raise ValueError(f"{field} must be a text, got {type(value).__name__}")
     return str(value)

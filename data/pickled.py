@@ -56,7 +56,7 @@ def _run(data):
     def take_marked():
         return take(len(stack) - marks.pop())
 
-    for opcode, argument, _ in pickletools.genops(data):
+    for opcode, argument, _ in _opcodes(data):
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -100,6 +100,13 @@ def _run(data):
                 _fill(stack[-2], *take(1))
             case name:
                 raise ValueError(f"the pickle has the opcode {name}{_shown(argument)}, which an array or plain value never needs; refused")
+
+
+def _opcodes(data):
+    try:
+        yield from pickletools.genops(data)
+    except ValueError:
+        raise ValueError("the pickle is damaged or cut short") from None
 
 
 def _shown(argument):
@@ -199,4 +206,13 @@ def _array(contents, dtype, shape, order="C"):
         raise TypeError
     if math.prod(_sizes(shape)) * dtype.itemsize != len(contents):
         raise ValueError(f"the pickle has an array of shape {shape}, type {dtype} with {len(contents)} bytes of content; refused")
+    return array_over(contents, dtype, shape, order)
+
+
+def array_over(contents, dtype, shape, order):
+    """Bytes as an array of that many elements, shared, not copied. Raises ValueError for texts with what is no Unicode."""
+    if dtype.kind == "U" and contents:
+        codes = np.frombuffer(contents, np.dtype("u4").newbyteorder(dtype.byteorder))
+        if codes.max() > 0x10ffff or ((codes >= 0xd800) & (codes <= 0xdfff)).any():
+            raise ValueError("a text array holds what is no Unicode character; the file is damaged")
     return np.frombuffer(contents, dtype).reshape(shape, order=order)
