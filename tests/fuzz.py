@@ -54,16 +54,19 @@ def npy(value, protocol=4):
     return head.getvalue() + pickle.dumps(boxed, protocol)
 
 
+def plain_npy(array):
+    """The bytes of an .npy file that holds an array."""
+    stream = io.BytesIO()
+    np.save(stream, np.asarray(array))
+    return stream.getvalue()
+
+
 def npz(members, compression=zipfile.ZIP_STORED):
-    """The bytes of an .npz file; members: {name: array, or the bytes of an .npy file}."""
+    """The bytes of an .npz file; members: {name: array or number, or the bytes of an .npy file}."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, value in members.items():
-            if isinstance(value, np.ndarray):
-                stream = io.BytesIO()
-                np.save(stream, value)
-                value = stream.getvalue()
-            archive.writestr(f"{name}.npy", value)
+            archive.writestr(f"{name}.npy", value if isinstance(value, bytes) else plain_npy(value))
     return file.getvalue()
 
 
@@ -164,9 +167,7 @@ def cases(folder, rng):
             path.write_bytes(mutate_bytes(npz(layout, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[rng.integers(2)]), rng))
         elif kind == "npz member":
             name = list(layout)[rng.integers(len(layout))]
-            stream = io.BytesIO()
-            np.save(stream, layout[name])
-            path.write_bytes(npz({**layout, name: mutate_bytes(stream.getvalue(), rng)}))
+            path.write_bytes(npz({**layout, name: mutate_bytes(plain_npy(layout[name]), rng)}))
         elif kind == "npz fields":
             fields = {name: np.asarray(value) for name, value in mutate_arrays(layout, rng).items()}
             path.write_bytes(npz({name: value for name, value in fields.items() if value.dtype != object}))
