@@ -116,7 +116,7 @@ OPTIONS = (
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
-    Option("export", "report", ("none",), "real and imagined rollouts for others, in export/: npz, minari (needs h5py), or both with a comma"),
+    Option("export", "report", ("none",), "real and imagined rollouts for others, in export/: npz, minari (needs h5py) or both"),
 )
 
 
