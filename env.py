@@ -168,6 +168,7 @@ class Goal:
             if not true:
                 raise ValueError(message)
         require(isinstance(self.text, str) and self.text.strip(), f"a goal's text must be a sentence, got {self.text!r}")
+        require(not re.search("[\ud800-\udfff]", self.text), f"a goal's text must be whole Unicode characters, got {self.text!r}")
         require(self.level in LEVELS, f"unknown level {self.level!r}; levels are {', '.join(LEVELS)}")
         require(self.kind in KINDS, f"unknown kind {self.kind!r}; kinds are {', '.join(KINDS)}")
         counts = {"relation": (1,), "step": (1,), "relations": (2, 3)}.get(self.kind, (0,))

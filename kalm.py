@@ -37,6 +37,7 @@ import env  # noqa: E402
 import ground  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
+from data import formats  # noqa: E402
 from data import llm as llm_source  # noqa: E402
 from model import TASKS, KalmForRollouts  # noqa: E402
 
@@ -66,6 +67,7 @@ class Option:
 OPTIONS = (
     Option("train_goals", "collect", (40, 6000, 16000, 16000), "goal sentences in the offline data"),
     Option("rollouts_per_goal", "collect", (4, 6, 6, 6), "expert rollouts tried for each of them"),
+    Option("data", "collect", ("",), "rollouts to take instead of the expert's: a rollouts or Minari dataset folder, .npy or .npz"),
     Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
            "smollm2, tiny, a folder or a Hub name of a causal LM"),
     Option("keep_layers", "ground", (0, 6, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
@@ -115,6 +117,7 @@ OPTIONS = (
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
+    Option("export", "report", ("none",), "real and imagined rollouts for others, in export/: npz, minari (needs h5py) or both"),
 )
 
 
@@ -185,7 +188,7 @@ def parse_options(arguments):
 
 
 CHOICES = {"split": ("validation", "test"), "keep": ("matched", "explained", "both", "all"), "tasks": TASKS,
-           "methods": METHODS}
+           "methods": METHODS, "export": ("none", "npz", "minari")}
 SWITCHES = ("random_weights", "self_check", "balance_goals")
 MAY_BE_ZERO = ("keep_layers", "fresh_layers", "lora_rank", "adapter_steps", "encoder_layers", "kept_per_goal", *SWITCHES)
 
@@ -249,10 +252,12 @@ def read_manifest(run):
 
 
 def stage_options(stage, options):
-    """The options that a stage's result follows from; a goals file and an adapter count by their content."""
+    """The options that a stage's result follows from; a goals file, --data and an adapter count by their content."""
     own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
     if own.get("goals"):
         own["goals"] = hashlib.sha256(Path(options.goals).read_bytes()).hexdigest()
+    if own.get("data"):
+        own["data"] = formats.content_hash(options.data)
     if own.get("adapter"):
         files = (adapter_folder(options) / name for name in ("adapter_model.safetensors", "new_layers.safetensors"))
         own["adapter_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
@@ -269,8 +274,13 @@ def fingerprint(stage, options, manifest):
 # Stages
 
 def collect(options, state):
-    """Expert rollouts of training goals, the successful ones kept -> rollouts/real."""
+    """Expert rollouts of training goals, or those of --data, the successful ones kept -> rollouts/real."""
     if not state.is_main_process:
+        return
+    if options.data:
+        kept, sentence = formats.read_offline(options.data, options.seed)
+        print(f"  {sentence}")
+        rollout.write_rollouts(options.run / "rollouts" / "real", kept)
         return
     rng = np.random.default_rng([options.seed, 0])
     goals = [g for g in env.sample_goals("offline", "train", options.train_goals, rng) for _ in range(options.rollouts_per_goal)]
@@ -434,13 +444,13 @@ def imagined_rollouts(options):
 
 def learn(options, state):
     """Policies of every method, all seeds at once -> policies/METHOD.safetensors, goals.safetensors, curves.json."""
-    real, _ = split_real(options)
+    real, held_out = split_real(options)
     imagined = {level: kept for level, (_, kept) in imagined_rollouts(options).items()}
     goals = novel_goals(options)
     rng = np.random.default_rng([options.seed, 4])
     relabelled = {level: rl.relabel(real, goals[level], len(kept), rng) for level, kept in imagined.items()}
-    table = rl.GoalTable.encode([r["goal"] for r in real], [g.text for level in goals.values() for g in level],
-                                *load_encoder(options, state))
+    table = rl.GoalTable.encode([r["goal"] for r in real], [*(g.text for level in goals.values() for g in level),
+                                *(r["goal"] for r in held_out)], *load_encoder(options, state))
     both = {f"{name} {level}": rows for name, of in (("relabelled", relabelled), ("imagined", imagined)) for level, rows in of.items()}
     sources = {"": {}, "relabel": relabelled, "kalm": imagined, "both": both}
     if state.is_main_process:
@@ -631,6 +641,10 @@ def report(options, state):
     aside = run / "report.html.partial"
     aside.write_text(page, encoding="utf-8")
     aside.replace(run / "report.html")
+    if options.export != "none":
+        table = rl.GoalTable.load(run / "policies" / "goals.safetensors")
+        formats.export(run, options.export.split(","), lambda texts: table.table[table.rows(texts)])
+        print(f"  rollouts written to {run / 'export'}")
     print("\n".join(["", *results_table(results), "", f"success rates, {episodes} episodes a cell (llm: one seed of them), +- standard "
                      f"deviation over seeds; more in {run / 'report.html'}"]))
 
@@ -694,6 +708,10 @@ def main(arguments=None):
         check_run_folder(options)
         if options.adapter and "ground" in options.stages:
             adapter_folder(options)
+        if options.data and "collect" in options.stages:
+            formats.read_offline(options.data, options.seed)
+        if "minari" in options.export:
+            formats.hdf5()
         options.llm_path = llm_source.resolve(options.llm)
         llm_source.check_layers(options.llm_path, options.keep_layers, "--keep_layers")
         llm_source.check_layers(options.llm_path, options.fresh_layers, "--fresh_layers", options.keep_layers)
