@@ -38,7 +38,7 @@ from model import TASKS, KalmForRollouts  # noqa: E402
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
 READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
-METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
+METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql", "iql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
 SCALES = ("smoke", "cpu", "gpu", "paper")
 RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
 
@@ -105,7 +105,8 @@ OPTIONS = (
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
-    Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m),), "what to learn and evaluate, with commas between"),
+    Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m and "iql" not in m),),
+           f"what to learn and evaluate, with commas between, of {', '.join(METHODS)}"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
