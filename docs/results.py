@@ -43,8 +43,6 @@ RUNS = {  # name: (parent, options, stages)
                 ["imagine", "learn", "evaluate"]),
     "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
-PAPER = {"match": (None, 0.85, 0.36, 0.28), "action_match": (None, None, 0.30, None), "off_table": (None, 0.184, 0.0, 0.043),
-         "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
 
 
 def options_of(name):
@@ -100,8 +98,8 @@ def success_rows(results):
 def quality_rows(quality, names):
     for name, words in names.items():
         yield [words, *(number(quality[v].get(name)) for v in LEVELS)]
-        if name in PAPER:
-            yield [f"*paper: {words}*", *(number(x) for x in PAPER[name])]
+        if name in report.PAPER_QUALITY:
+            yield [f"*paper: {words}*", *(number(x) for x in report.PAPER_QUALITY[name])]
 
 
 def ablation_rows(folder, names):
