@@ -1,7 +1,8 @@
 """Skill acquisition: offline RL on real and imaginary rollouts (paper, section 4.3).
 
 Goal texts are encoded once by a frozen language model; policies see the observation joined with the encoding. Behaviour
-cloning and discrete Conservative Q-Learning share one buffer, and all seeds train at once as a leading batch dimension.
+cloning, discrete Conservative Q-Learning and discrete Implicit Q-Learning share one buffer, and all seeds train at once as
+a leading batch dimension.
 This file knows no grounded model: rollouts come in as records, wherever they are from.
 """
 import json
@@ -174,29 +175,45 @@ class RLConfig:
     weight_decay: float = 1e-4
     discount: float = 0.99            # gamma
     conservative_weight: float = 1.0  # alpha of CQL
+    expectile: float = 0.9            # tau of IQL: V(s) is this expectile of Q(s, a) over the data's actions, 0.5 their mean
+    advantage_weight: float = 10.0    # beta of IQL: how much more a better action is imitated
     reward_scale: float = 0.01        # a success is worth 1
     target_update: float = 0.005      # Polyak step toward the online network, each gradient step
     imaginary_share: float = 0.5      # of each batch
     bf16: bool = False                # products of matrices in bfloat16, sums and losses in float32
 
 
+def of_action(values, action):
+    """The value of each transition's own action: values (seeds, batch, actions), action (seeds, batch) -> (seeds, batch)."""
+    return values.gather(-1, action[..., None]).squeeze(-1)
+
+
 def imitation_loss(logits, action):
     """Behaviour cloning: cross entropy of the data's actions. logits: (seeds, batch, actions). Returns (seeds,)."""
-    return -logits.log_softmax(-1).gather(-1, action[..., None]).squeeze(-1).mean(-1)
+    return -of_action(logits.log_softmax(-1), action).mean(-1)
 
 
 def bellman_loss(q, next_q, next_q_target, action, reward, done, discount):
     """Squared error to the double-DQN target r + gamma (1 - done) Q_target(s', argmax_a Q(s', a)). Returns (seeds,)."""
-    best = next_q.argmax(-1, keepdim=True)
-    target = reward + discount * (1 - done) * next_q_target.gather(-1, best).squeeze(-1)
-    chosen = q.gather(-1, action[..., None]).squeeze(-1)
-    return (chosen - target.detach()).square().mean(-1)
+    target = reward + discount * (1 - done) * of_action(next_q_target, next_q.argmax(-1))
+    return (of_action(q, action) - target.detach()).square().mean(-1)
 
 
 def conservative_loss(q, action):
     """Push Q down where no data is: E[logsumexp_a Q(s, a) - Q(s, a_data)] (Kumar et al., 2020, eq. 4). Returns (seeds,)."""
-    chosen = q.gather(-1, action[..., None]).squeeze(-1)
-    return (q.logsumexp(-1) - chosen).mean(-1)
+    return (q.logsumexp(-1) - of_action(q, action)).mean(-1)
+
+
+def expectile_loss(error, expectile):
+    """|tau - 1(u < 0)| u^2, least where V is the tau-expectile of Q; error u = Q - V: (seeds, batch) (Kostrikov et al., 2022, eq. 5).
+    Returns (seeds,)."""
+    return ((expectile - (error < 0).float()).abs() * error.square()).mean(-1)
+
+
+def advantage_weighted_loss(logits, action, advantage, weight):
+    """Imitation of each action exp(beta A) times, at most 100 times (Kostrikov et al., 2022, eq. 7). Returns (seeds,)."""
+    times = (weight * advantage.detach()).exp().clamp(max=100)
+    return -(times * of_action(logits.log_softmax(-1), action)).mean(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -208,7 +225,7 @@ def scaled(obs):
 
 
 def learn(algorithm, real, imaginary, table, seeds, config, description=""):
-    """Train one policy a seed, all at once. algorithm: "bc" or "cql"; real: Buffer; imaginary: list of Buffers.
+    """Train one policy a seed, all at once. algorithm: "bc", "cql" or "iql"; real: Buffer; imaginary: list of Buffers.
 
     table: (goals, hidden) encodings. Returns the trained SeededMLP and its learning curve, a list of (step, loss).
     """
@@ -217,7 +234,11 @@ def learn(algorithm, real, imaginary, table, seeds, config, description=""):
     sizes = [real.obs.shape[1] + table.shape[1], config.width, config.width, env.NUM_ACTIONS]
     network = SeededMLP(seeds, sizes).to(device)
     target = SeededMLP(seeds, sizes).to(device).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    critic, trained = network, [network]  # the network with Q, whose slow copy is the target
+    if algorithm == "iql":
+        critic, value = SeededMLP(seeds, sizes).to(device), SeededMLP(seeds, [*sizes[:-1], 1]).to(device)
+        trained = [network, critic, value]
+    optimizer = torch.optim.AdamW([p for each in trained for p in each.parameters()], lr=config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     generator = torch.Generator(device=device).manual_seed(int(sum(seeds)) + 17)
     curve = []
@@ -227,22 +248,32 @@ def learn(algorithm, real, imaginary, table, seeds, config, description=""):
         encoded, obs, next_obs = table[goal], scaled(obs), scaled(next_obs)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             goal_part = network.goal_part(encoded)
-            q = network(obs, goal_part).float()
+            out = network(obs, goal_part).float()  # Q of CQL, else logits of the policy
+            if algorithm == "iql":
+                q, value_part = critic(obs, critic.goal_part(encoded)).float(), value.goal_part(encoded)
+                v, next_v = (value(o, value_part).float().squeeze(-1) for o in (obs, next_obs))
+                with torch.no_grad():
+                    q_target = of_action(target(obs, target.goal_part(encoded)).float(), action)
             if algorithm == "cql":
                 with torch.no_grad():
                     next_q, next_q_target = network(next_obs, goal_part).float(), target(next_obs, target.goal_part(encoded)).float()
+        reward = config.reward_scale * reward
         if algorithm == "bc":
-            loss = imitation_loss(q, action)
+            loss = imitation_loss(out, action)
+        elif algorithm == "cql":
+            loss = (bellman_loss(out, next_q, next_q_target, action, reward, done, config.discount)
+                    + config.conservative_weight * conservative_loss(out, action))
         else:
-            loss = (bellman_loss(q, next_q, next_q_target, action, config.reward_scale * reward, done, config.discount)
-                    + config.conservative_weight * conservative_loss(q, action))
+            bootstrapped = reward + config.discount * (1 - done) * next_v.detach()
+            loss = (expectile_loss(q_target - v, config.expectile) + (of_action(q, action) - bootstrapped).square().mean(-1)
+                    + advantage_weighted_loss(out, action, q_target - v, config.advantage_weight))
         optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         optimizer.step()
         schedule.step()
-        if algorithm == "cql":
+        if algorithm != "bc":
             with torch.no_grad():
-                torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), config.target_update)
+                torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), config.target_update)
         if step % max(1, config.steps // 100) == 0:
             curve.append((step, loss.mean().item()))
     return network, curve

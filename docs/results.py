@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kalm  # noqa: E402
+from data import report  # noqa: E402
 from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
 ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
@@ -42,8 +43,6 @@ RUNS = {  # name: (parent, options, stages)
                 ["imagine", "learn", "evaluate"]),
     "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
-PAPER = {"match": (None, 0.85, 0.36, 0.28), "action_match": (None, None, 0.30, None), "off_table": (None, 0.184, 0.0, 0.043),
-         "beyond_dynamics": (None, 0.001, 0.002, 0.002)}
 
 
 def options_of(name):
@@ -99,8 +98,8 @@ def success_rows(results):
 def quality_rows(quality, names):
     for name, words in names.items():
         yield [words, *(number(quality[v].get(name)) for v in LEVELS)]
-        if name in PAPER:
-            yield [f"*paper: {words}*", *(number(x) for x in PAPER[name])]
+        if name in report.PAPER_QUALITY:
+            yield [f"*paper: {words}*", *(number(x) for x in report.PAPER_QUALITY[name])]
 
 
 def ablation_rows(folder, names):
@@ -127,8 +126,8 @@ def page(folder, target=ROOT):
         sys.exit(f"{folder} has no finished run 'main', which the page is about; run `python docs/results.py --only main`")
     checks, brief = (load(folder, name, "quality.json") for name in ("validation", "brief"))
     metrics, curves = load(folder, "main", "grounded/metrics.json"), load(folder, "main", "policies/curves.json")
-    (target / "docs" / "curves.svg").write_text(kalm.curves_figure(metrics["log"], curves), encoding="utf-8")
-    (target / "docs" / "success.svg").write_text(kalm.success_figure(results), encoding="utf-8")
+    (target / "docs" / "curves.svg").write_text(report.curves_figure(metrics["log"], curves), encoding="utf-8")
+    (target / "docs" / "success.svg").write_text(report.success_figure(results), encoding="utf-8")
     times = results["time_s"]
     explained = [[words, *(number(metrics[f"{key}_{part}"]) for part in ("source", "target", "direction", "exact", "holds"))]
                  for key, words in (("explanation", "the prompt of training"), ("unseen_prompt", "a prompt never trained on"))]

@@ -64,7 +64,7 @@ def test_the_report_is_one_page_that_fetches_nothing(smoke_run):
     targets = [next(filter(None, groups)).strip("'\"") for groups in fetched]
     assert targets and all(t.startswith(("data:image/", "#")) for t in targets)
     assert "<script" not in page and "<link" not in page and page.count("data:image/gif;base64,") >= 2
-    assert all(method in page for method in results_of(smoke_run)["success"]) and page.count("<svg") == 2
+    assert all(method in page for method in results_of(smoke_run)["success"]) and page.count("<svg") == 6
 
 
 def test_the_same_seed_gives_the_same_results(smoke_run, tmp_path):

@@ -64,35 +64,71 @@ def by_hand(algorithm, config, seed_index, batches, start, table):
             wanted = config.reward_scale * reward + config.discount * (1 - done) * forward(target, ahead)[1][rows, best]
             slope *= config.conservative_weight
             slope[rows, action] += 2 * (q[rows, action] - wanted) / len(obs)
-        gradient = np.concatenate([g.ravel() for wb in backward(layers, seen, slope) for g in wb])
-        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient ** 2
-        change = (mean / (1 - 0.9 ** (step + 1))) / (np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8)
-        lr, used, stepped = config.lr * (1 + np.cos(np.pi * step / config.steps)) / 2, 0, []
-        for wb in layers:
-            new = []
-            for x in wb:
-                new.append(x - lr * config.weight_decay * x - lr * change[used:used + x.size].reshape(x.shape))
-                used += x.size
-            stepped.append(tuple(new))
-        layers = stepped
-        target = [tuple(t + config.target_update * (x - t) for t, x in zip(*pair)) for pair in zip(target, layers)]
+        layers, mean, square = adamw(layers, backward(layers, seen, slope), mean, square, step, config)
+        target = polyak(target, layers, config)
     return layers
 
 
-@pytest.mark.parametrize("algorithm", ("bc", "cql"))
+def adamw(layers, gradients, mean, square, step, config):
+    """One step down the gradients with the cosine's learning rate: the new layers and moments."""
+    gradient = np.concatenate([g.ravel() for wb in gradients for g in wb])
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient ** 2
+    change = (mean / (1 - 0.9 ** (step + 1))) / (np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8)
+    lr, used, stepped = config.lr * (1 + np.cos(np.pi * step / config.steps)) / 2, 0, []
+    for wb in layers:
+        new = []
+        for x in wb:
+            new.append(x - lr * config.weight_decay * x - lr * change[used:used + x.size].reshape(x.shape))
+            used += x.size
+        stepped.append(tuple(new))
+    return stepped, mean, square
+
+
+def polyak(target, layers, config):
+    return [tuple(t + config.target_update * (x - t) for t, x in zip(*pair)) for pair in zip(target, layers)]
+
+
+def iql_by_hand(config, seed_index, batches, start, table):
+    """Train one seed's policy with numpy: expectile regression of V, Q to r + gamma V, weighted imitation."""
+    policy, critic, value = ([(w[seed_index].astype(float), b[seed_index].astype(float)) for w, b in of] for of in start)
+    target, moments = critic, [(0, 0)] * 3
+    for step, batch in enumerate(batches):
+        obs, goal, action, reward, next_obs, done = (x[seed_index].numpy().astype(float) for x in batch)
+        goal, action, rows = goal.astype(int), action.astype(int), np.arange(len(obs))
+        now, ahead = np.hstack([obs / 0.3, table[goal]]), np.hstack([next_obs / 0.3, table[goal]])
+        (seen_policy, logits), (seen_q, q), (seen_v, v) = (forward(layers, now) for layers in (policy, critic, value))
+        advantage = forward(target, now)[1][rows, action] - v[:, 0]
+        times = [min(np.exp(config.advantage_weight * a), 100) for a in advantage]
+        policy_slope = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(40)[action]) * np.array(times)[:, None] / len(obs)
+        q_slope = np.zeros_like(q)
+        wanted = config.reward_scale * reward + config.discount * (1 - done) * forward(value, ahead)[1][:, 0]
+        q_slope[rows, action] = 2 * (q[rows, action] - wanted) / len(obs)
+        v_slope = np.array([-2 * (config.expectile if a > 0 else 1 - config.expectile) * a for a in advantage])[:, None] / len(obs)
+        stepped = []
+        for i, (layers, seen, slope) in enumerate(((policy, seen_policy, policy_slope), (critic, seen_q, q_slope), (value, seen_v, v_slope))):
+            layers, *moments[i] = adamw(layers, backward(layers, seen, slope), *moments[i], step, config)
+            stepped.append(layers)
+        policy, critic, value = stepped
+        target = polyak(target, critic, config)
+    return policy
+
+
+@pytest.mark.parametrize("algorithm", ("bc", "cql", "iql"))
 def test_updates_equal_the_ones_computed_by_hand(algorithm):
     table, seeds = toy_table(), [3, 8]
     real, imaginary = (rl.Buffer(random_records(9, seed), table) for seed in (0, 1))
     config = rl.RLConfig(steps=3, batch=12, lr=0.02, width=8, weight_decay=0.1, discount=0.9, conservative_weight=0.7, reward_scale=0.02,
-                         target_update=0.3)
-    first = rl.SeededMLP(seeds, [14, 8, 8, 40])
-    start = [(w.detach().numpy(), b.detach().numpy()) for w, b in zip(first.weights, first.biases)]
+                         target_update=0.3, expectile=0.8, advantage_weight=4)
+    start, value = ([(w.detach().numpy(), b.detach().numpy()) for w, b in zip(first.weights, first.biases)]
+                    for first in (rl.SeededMLP(seeds, [14, 8, 8, outputs]) for outputs in (40, 1)))
     generator = torch.Generator().manual_seed(sum(seeds) + 17)
     batches = [rl.sample_batch(real, [imaginary], 12, 2, 0.5, generator) for _ in range(3)]
     network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config)
     assert [step for step, _ in curve] == [0, 1, 2]
     for seed_index in range(2):
-        expected = by_hand(algorithm, config, seed_index, batches, start, table.table.numpy().astype(float))
+        inputs = config, seed_index, batches, table.table.numpy().astype(float)
+        expected = iql_by_hand(*inputs[:3], (start, start, value), inputs[3]) if algorithm == "iql" else by_hand(
+            algorithm, *inputs[:3], start, inputs[3])
         for layer, (w, b) in enumerate(expected):
             np.testing.assert_allclose(network.weights[layer][seed_index].detach(), w, atol=2e-5)
             np.testing.assert_allclose(network.biases[layer][seed_index].detach(), b, atol=2e-5)
@@ -107,6 +143,22 @@ def test_losses_of_two_transitions_solved_on_paper():
     expected = ((np.log(np.e + np.e ** 2 + 1) - 2) + np.log(3)) / 2
     assert rl.conservative_loss(q, action).tolist() == pytest.approx([expected])
     assert rl.imitation_loss(q, action).tolist() == pytest.approx([expected])
+
+
+def test_the_value_that_an_expectile_loss_settles_on_solved_on_paper():
+    # over Q = 0, 0, 4 the 0.8-expectile solves .8 (4 - v) = .2 (v + v), so v = 8/3; the 0.5-expectile is their mean
+    q = torch.tensor([[0.0, 0.0, 4.0]] * 2)
+    v, expectile = torch.tensor([[8 / 3], [4 / 3]], requires_grad=True), torch.tensor([[0.8], [0.5]])
+    loss = rl.expectile_loss(q - v, expectile)
+    assert loss.tolist() == pytest.approx([(0.2 * 2 * (8 / 3) ** 2 + 0.8 * (4 / 3) ** 2) / 3, 0.5 * (2 * 16 / 9 + 64 / 9) / 3])
+    loss.sum().backward()
+    np.testing.assert_allclose(v.grad, np.zeros((2, 1)), atol=1e-6)
+
+
+def test_better_actions_are_imitated_more_and_none_more_than_a_hundred_times():
+    logits, action = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
+    loss = rl.advantage_weighted_loss(logits, action, torch.tensor([[0.0, np.log(2) / 5, 9.0]]), 5.0)
+    assert loss.tolist() == pytest.approx([np.log(4) * (1 + 2 + 100) / 3], rel=1e-5)
 
 
 def test_seeds_train_together_but_apart():
@@ -132,7 +184,7 @@ def accuracy(algorithm, records, wanted, obs, **options):
 
 
 @pytest.mark.parametrize("bf16", (False, True))
-def test_bc_imitates_and_cql_prefers_what_is_rewarded(bf16):
+def test_bc_imitates_and_cql_and_iql_prefer_what_is_rewarded(bf16):
     rng = np.random.default_rng(0)
     obs = rng.uniform(-0.5, 0.5, (600, 10)).astype(np.float32)
     good = np.where(obs[:, 0] > 0, 3, 8)
@@ -142,6 +194,7 @@ def test_bc_imitates_and_cql_prefers_what_is_rewarded(bf16):
     assert accuracy("bc", clean, good, obs, steps=300, bf16=bf16) > 0.95
     assert accuracy("bc", mixed, good, obs, steps=300, bf16=bf16) < 0.5  # most of the data does something else
     assert accuracy("cql", mixed, good, obs, steps=400, conservative_weight=0.1, discount=0.5, bf16=bf16) > 0.9
+    assert accuracy("iql", mixed, good, obs, steps=400, discount=0.5, bf16=bf16) > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------------ buffers
