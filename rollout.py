@@ -5,8 +5,6 @@ expects, the next action... The same loop acts in the environment when the physi
 This file knows nothing of training.
 """
 import itertools
-import shutil
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import env
+from data import store
 from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_ids, text_positions
 from model import ACTION, PAD, STATE, TEXT
 
@@ -88,6 +87,7 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
             physics[running] = env.step_batch(physics[running], played)
             obs = torch.as_tensor(env.observe(physics[running]), device=model.device)
         after = obs.cpu().numpy()
+        require_finite(after, running, step, goals)
         judged = env.success(array[running], before, after, played, imagined=physics is None)
         for row, o, a in zip(running, after, played):
             paths[row].append(o)
@@ -124,10 +124,11 @@ def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=
                                            for goal, o in zip(goals, obs.cpu().numpy())])
     cache, logits, running = out.cache, out.action_logits[:, -1].clone(), np.arange(len(goals))
     mask = torch.cat([mask, mask.new_ones(len(goals), 1)], 1)
-    for _ in range(min(tries, env.NUM_ACTIONS)):
+    for number in range(min(tries, env.NUM_ACTIONS)):
         actions = sample_actions(logits, temperature, generator)
         out = decode_one(model, ACTION, actions, obs, mask, positions, cache)
         before, after, played = obs.cpu().numpy(), out.state_pred[:, -1].cpu().numpy(), actions.cpu().numpy()
+        require_finite(after, running, number, goals)
         judged = env.success(array[running], before, after, played, imagined=True)
         for row, *path, action in zip(running, before, after, played):
             records[row] = env.rollout_record(goals[row], np.array(path), np.array([action], np.int64), imagined=True)
@@ -140,6 +141,14 @@ def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=
         if len(running) == 0:
             break
     return records
+
+
+def require_finite(states, rows, step, goals):
+    """Raise FloatingPointError where a state (b, 10) of batch rows (b,) that action number `step` led to is not finite."""
+    odd = rows[~np.isfinite(states).all(1)]
+    if len(odd):
+        raise FloatingPointError(f"the state after action {step + 1} in batch row {odd[0]} ({goals[odd[0]].text!r}) has NaN or infinite "
+                                 "values; ground anew, with smaller learning rates")
 
 
 def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, tries=1, description="imagine", **options):
@@ -249,7 +258,7 @@ def quality(records):
         "executed_of_matched": executed[match].mean() if match.any() else 0.0, "actions": np.mean([len(r["actions"]) for r in records]),
         "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
         "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
-    if "explanation" in records[0]:
+    if records[0].get("explanation") is not None:
         fits = np.array([not env.contradicts(r["goal"], r["explanation"]) for r in records])
         figures["explained"] = fits.mean()
         figures["match_of_explained"] = match[fits].mean() if fits.any() else 0.0
@@ -287,13 +296,9 @@ OPTIONAL = ("states", "explanation", "dynamics_error")
 
 def write_rollouts(path, records):
     """Write rollout records as a Hugging Face dataset folder, aside and then renamed."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     columns = {k: [v.tolist() if isinstance(v := r.get(k), np.ndarray) else v for r in records] for k in FEATURES}
-    datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
+    with store.replacing(path) as aside:
+        datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
 
 
 def read_rollouts(path):

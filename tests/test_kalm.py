@@ -208,7 +208,7 @@ def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chos
 # -------------------------------------------------------------------------------------------------- rounds of imagining
 
 @pytest.mark.parametrize("level, later", [("hard", [13, 9]), ("easy", [13])])
-def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level, later):
+def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, tmp_path, level, later):
     goals, asked = kalm.env.sample_goals(level, "test", 5, np.random.default_rng(0)), []
 
     def imagine_some(model, tokenizer, wanted, starts, **options):
@@ -218,7 +218,7 @@ def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level
     options = kalm.parse_options(["--scale", "smoke", "--starts_per_goal", "4", "--step_starts", "4", "--step_tries", "9",
                                   "--self_check", "0", "--visited_share", "0.5", "--temperatures", "1,2,3,4"])
     visited = kalm.env.observe(kalm.env.initial_states(np.random.default_rng(1), 7))
-    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0)
+    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0, tmp_path)
     assert [len(made) for made in rounds] == [20, *later]
     assert [(t, tries) for t, tries, _ in asked] == [(1, 1), (2, 9), (3, 9)][:len(rounds)]
     starts = [pairs for _, _, pairs in asked]
