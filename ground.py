@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import trange
 
 import env
-from data import store
+from data import finite, store
 from data.checkpoint import CheckpointByTime
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
@@ -188,12 +188,9 @@ class GroundingTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         output = model(**inputs)
-        if not output.loss.isfinite():
-            sound = [x.isfinite().all(-1).all(-1) for x in (inputs["states"], output.state_pred, output.action_logits)]
-            odd = (~torch.stack(sound).all(0)).nonzero()[:1, 0].tolist()
-            tasks = ", ".join(TASKS[t] for t in inputs["task"][odd][inputs["modality"][odd] != PAD].unique())
-            raise FloatingPointError(f"grounding, step {self.state.global_step + 1}: the loss is {output.loss.item()}, from "
-                                     + (f"batch row {odd[0]} ({tasks})" if odd else "all rows together"))
+        finite.check(f"grounding, step {self.state.global_step + 1}", {"loss": output.loss},
+                     (inputs["states"], output.state_pred, output.action_logits),
+                     about=lambda row: ", ".join(TASKS[t] for t in inputs["task"][row][inputs["modality"][row] != PAD].unique()))
         for name, value in (("text", output.text_loss), ("action", output.action_loss), ("state", output.state_loss),
                             *zip(TASKS, output.task_losses)):
             self.parts[f"{name}_loss"].append(value.detach())
@@ -201,9 +198,7 @@ class GroundingTrainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        if not norm.isfinite():
-            raise FloatingPointError(f"grounding, step {self.state.global_step + 1}: the gradient's norm is {norm.item()}; "
-                                     "try smaller learning rates")
+        finite.check(f"grounding, step {self.state.global_step + 1}", {"norm of the gradient": norm})
         return norm
 
     def _get_output_dir(self, trial):

@@ -42,6 +42,7 @@ import ground  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import llm as llm_source  # noqa: E402
+from data.manifest import check_files, note_stage, read_manifest  # noqa: E402
 from model import TASKS, KalmForRollouts  # noqa: E402
 
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
@@ -133,8 +134,7 @@ def parse_options(arguments):
                         help=f"one dial for all sizes: {', '.join(SCALES)}")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--force", action="store_true", help="redo the stages even if nothing changed")
-    parser.add_argument("--checkpoint_minutes", type=float, default=5.0,
-                        help="between the checkpoints that a killed ground or learn goes on from; 0: every step")
+    parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="between checkpoints of ground and learn; 0: each step")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for stage in STAGES:
         group = [o for o in OPTIONS if o.stage == stage]
@@ -243,19 +243,6 @@ def novel_goals(options):
 # ------------------------------------------------------------------------------------------------------------------
 # Manifest: what is done, and from what
 
-def read_manifest(run):
-    path = run / "manifest.json"
-    if not path.is_file():
-        return {"format": "kalm-run", "version": 1, "stages": {}}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert manifest["format"] == "kalm-run"
-        assert all(isinstance(part, dict) for s in manifest["stages"].values() for part in (s["options"], s.get("files", {})))
-    except (ValueError, KeyError, AssertionError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a manifest of a KALM run; give another --output_dir") from None
-    return manifest
-
-
 def stage_options(stage, options):
     """The options that a stage's result follows from; a goals file and an adapter count by their content."""
     own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
@@ -271,13 +258,6 @@ def fingerprint(stage, options, manifest):
     """Hash of what a stage's result follows from: its options, and the fingerprints of the stages it reads."""
     read = {name: manifest["stages"].get(name, {}).get("fingerprint") for name in READS[stage]}
     return hashlib.sha256(json.dumps([stage, stage_options(stage, options), read], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_files(run, manifest, stages):
-    """Raise ValueError, which names file and stage, where a file that one of the stages wrote is not as it was then."""
-    for stage in stages:
-        if problem := store.damaged(run, manifest["stages"].get(stage, {}).get("files", {})):
-            raise ValueError(f"{run}: {problem} since stage {stage!r} wrote it; redo it with `--stage {stage} --force`")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -325,9 +305,9 @@ def ground_llm(options, state):
         metrics = {"log": []}
         model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
                                          seed=options.seed, **ground.observation_statistics(records))
-    weights, tuned = 4 * model.num_parameters(), 8 * model.num_parameters(only_trainable=True)
+    weights, moments = 4 * model.num_parameters(), 8 * model.num_parameters(only_trainable=True)
     if steps:
-        with store.room_for(2 * tuned + 2 * weights, options.work, "stage 'ground'"):  # the checkpoint before lasts until the next is there
+        with store.room_for(2 * (weights + moments), options.work, "stage 'ground'"):  # the last checkpoint stays until the next is done
             log = ground.train(
                 model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
                 learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
@@ -649,9 +629,8 @@ def report(options, state):
     episodes = max(row[levels[0]]["episodes"] for row in results["success"].values())
     page = PAGE.format(bars=success_figure(results), curves=curves_figure(metrics["log"], curves), success=success, quality=quality,
                        grounding=grounding, settings=settings, times=times, gallery=gallery(options), episodes=episodes)
-    aside = run / "report.html.partial"
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(run / "report.html")
+    with store.replacing(run / "report.html") as aside:
+        aside.write_text(page, encoding="utf-8")
     print("\n".join(["", *results_table(results), "", f"success rates, {episodes} episodes a cell (llm: one seed of them), +- standard "
                      f"deviation over seeds; more in {run / 'report.html'}"]))
 
@@ -782,17 +761,13 @@ def run_stages(options, state):
 
 
 def finish_stage(stage, options, manifest, seconds):
-    """Note in the manifest that a stage is done, from what, and the checksums of its files."""
-    manifest["stages"][stage] = {"fingerprint": fingerprint(stage, options, manifest), "options": stage_options(stage, options),
-                                 "time_s": round(seconds, 1)}
+    """Note in the manifest that a stage is done, and from what; results.json also tells the seconds of all stages."""
+    record = {"fingerprint": fingerprint(stage, options, manifest), "options": stage_options(stage, options), "time_s": round(seconds, 1)}
     if stage == "evaluate":
-        path = options.run / "results.json"
+        path, done = options.run / "results.json", {**manifest["stages"], stage: record}
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["time_s"] = {s: manifest["stages"][s]["time_s"] for s in STAGES if s in manifest["stages"] and s != "report"}
-        store.write_json(path, results)
-    manifest["stages"][stage]["files"] = store.checksums(options.run, WRITES[stage])
-    store.write_json(options.run / "manifest.json", manifest)
-    store.remove(options.run / "unfinished")
+        store.write_json(path, {**results, "time_s": {s: done[s]["time_s"] for s in STAGES if s in done and s != "report"}})
+    note_stage(options.run, manifest, stage, record, WRITES[stage])
 
 
 def bf16_is_fast():

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import env
-from data import store
+from data import finite, store
 from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_ids, text_positions
 from model import ACTION, PAD, STATE, TEXT
 
@@ -86,8 +86,8 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
         else:
             physics[running] = env.step_batch(physics[running], played)
             obs = torch.as_tensor(env.observe(physics[running]), device=model.device)
+        finite.check(f"rollout, action {step + 1}", {"state": obs}, (obs,), about=lambda row: goals[running[row]].text)
         after = obs.cpu().numpy()
-        require_finite(after, running, step, goals)
         judged = env.success(array[running], before, after, played, imagined=physics is None)
         for row, o, a in zip(running, after, played):
             paths[row].append(o)
@@ -124,11 +124,12 @@ def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=
                                            for goal, o in zip(goals, obs.cpu().numpy())])
     cache, logits, running = out.cache, out.action_logits[:, -1].clone(), np.arange(len(goals))
     mask = torch.cat([mask, mask.new_ones(len(goals), 1)], 1)
-    for number in range(min(tries, env.NUM_ACTIONS)):
+    for _ in range(min(tries, env.NUM_ACTIONS)):
         actions = sample_actions(logits, temperature, generator)
         out = decode_one(model, ACTION, actions, obs, mask, positions, cache)
         before, after, played = obs.cpu().numpy(), out.state_pred[:, -1].cpu().numpy(), actions.cpu().numpy()
-        require_finite(after, running, number, goals)
+        finite.check("rollout, action 1", {"state": out.state_pred[:, -1]}, (out.state_pred[:, -1],),
+                     about=lambda row: goals[running[row]].text)
         judged = env.success(array[running], before, after, played, imagined=True)
         for row, *path, action in zip(running, before, after, played):
             records[row] = env.rollout_record(goals[row], np.array(path), np.array([action], np.int64), imagined=True)
@@ -141,14 +142,6 @@ def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=
         if len(running) == 0:
             break
     return records
-
-
-def require_finite(states, rows, step, goals):
-    """Raise FloatingPointError where a state (b, 10) of batch rows (b,) that action number `step` led to is not finite."""
-    odd = rows[~np.isfinite(states).all(1)]
-    if len(odd):
-        raise FloatingPointError(f"the state after action {step + 1} in batch row {odd[0]} ({goals[odd[0]].text!r}) has NaN or infinite "
-                                 "values; ground anew, with smaller learning rates")
 
 
 def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, tries=1, description="imagine", **options):

@@ -21,7 +21,7 @@ class CheckpointByTime(transformers.TrainerCallback):
         self.folder, self.seconds, self.last = folder, 60 * minutes, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.logging_steps == 0:
+        if state.global_step % args.logging_steps == 0 and state.global_step < state.max_steps:  # resumed at its end, it would overrun
             due = torch.tensor(time.monotonic() - self.last >= self.seconds, device=args.device)
             control.should_save = bool(broadcast(due))  # all processes save, or none
 
