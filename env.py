@@ -101,7 +101,7 @@ def step_batch(states, actions, threads=None):
     """Physics of one action for each row: a pure function, the same for any batch order and number of threads.
 
     states: (B, 69) float64; actions: (B,) int in 0..39. Returns the next states, (B, 69) float64.
-    Raises ValueError for other shapes and for actions out of range.
+    Raises ValueError for other shapes, for actions out of range and for states that are not finite.
     """
     states, actions = np.asarray(states, np.float64), np.asarray(actions)
     if states.ndim != 2 or states.shape[1] != STATE_DIM or actions.shape != states.shape[:1]:
@@ -110,6 +110,8 @@ def step_batch(states, actions, threads=None):
         return states.copy()
     if actions.min() < 0 or actions.max() >= NUM_ACTIONS:
         raise ValueError(f"actions must be in 0..{NUM_ACTIONS - 1}, got {actions.min()}..{actions.max()}")
+    if not np.isfinite(states).all():
+        raise ValueError(f"state {np.flatnonzero(~np.isfinite(states).all(1))[0]} of the batch has NaN or infinite values")
     balls, push = actions // 8, PUSH_VECTORS[actions % 8]
     rows = np.arange(len(states))
     start = np.concatenate([np.zeros((len(states), 1)), states], 1)  # MuJoCo's full state begins with the time

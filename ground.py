@@ -8,7 +8,7 @@ A rollouts dataset becomes examples of four tasks, packed into rows, and the Hug
 This file knows nothing of policies, and of CLEVR-Robot only how a goal is worded.
 """
 import collections
-import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import trange
 
 import env
+from data import finite, store
+from data.checkpoint import CheckpointByTime
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
 PROMPTS = {
@@ -165,11 +167,14 @@ def observation_statistics(rollouts):
 # Training
 
 class GroundingTrainer(transformers.Trainer):
-    """Trainer with a learning rate of its own for new layers, and with the losses by task and modality in its log."""
+    """Trainer with a learning rate of its own for new layers, and with the losses by task and modality in its log.
 
-    def __init__(self, *args, new_learning_rate=1e-3, **kwargs):
+    checkpoints: the folder to save them in. Raises FloatingPointError before a step that would spoil the weights.
+    """
+
+    def __init__(self, *args, new_learning_rate=1e-3, checkpoints=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.new_learning_rate = new_learning_rate
+        self.new_learning_rate, self.checkpoints = new_learning_rate, checkpoints
         self.parts = collections.defaultdict(list)
 
     def create_optimizer(self, model=None):
@@ -183,10 +188,21 @@ class GroundingTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         output = model(**inputs)
+        finite.check(f"grounding, step {self.state.global_step + 1}", {"loss": output.loss},
+                     (inputs["states"], output.state_pred, output.action_logits),
+                     about=lambda row: ", ".join(TASKS[t] for t in inputs["task"][row][inputs["modality"][row] != PAD].unique()))
         for name, value in (("text", output.text_loss), ("action", output.action_loss), ("state", output.state_loss),
                             *zip(TASKS, output.task_losses)):
             self.parts[f"{name}_loss"].append(value.detach())
         return (output.loss, output) if return_outputs else output.loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        finite.check(f"grounding, step {self.state.global_step + 1}", {"norm of the gradient": norm})
+        return norm
+
+    def _get_output_dir(self, trial):
+        return str(self.checkpoints)
 
     def log(self, logs, *args, **kwargs):
         if self.parts and "loss" in logs:
@@ -198,11 +214,11 @@ class GroundingTrainer(transformers.Trainer):
 
 
 def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
-          freeze_embeddings=True, bf16=False, tasks=TASKS, copies=1, seed=0, report_to="none"):
+          freeze_embeddings=True, bf16=False, tasks=TASKS, copies=1, seed=0, report_to="none", checkpoints=None, checkpoint_minutes=5.0):
     """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
 
     Works alone and under `accelerate launch` or torchrun, where FSDP leaves the model in shards (see `gathered`); what report_to
-    writes goes to output_dir.
+    writes goes to output_dir. checkpoints: a folder for them; what an earlier call left there is where this one goes on.
     """
     if freeze_embeddings:  # what the LLM knows of words new to the data stays as it was
         model.get_input_embeddings().weight.requires_grad_(False)
@@ -212,8 +228,10 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
         logging_steps=max(1, min(50, steps // 10)), save_strategy="no", report_to=report_to, seed=seed, data_seed=seed,
         remove_unused_columns=False, dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
     trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks, copies, seed),
-                               data_collator=pack, new_learning_rate=new_learning_rate)
-    trainer.train()
+                               data_collator=pack, new_learning_rate=new_learning_rate, checkpoints=checkpoints,
+                               callbacks=[CheckpointByTime(Path(checkpoints), checkpoint_minutes)] if checkpoints else [])
+    last = store.last_sealed(checkpoints, "checkpoint") if checkpoints else None
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer.state.log_history
 
 
@@ -252,10 +270,3 @@ def evaluate(model, tokenizer, rollouts, batch_examples=32):
         squares.append(torch.stack([(out.state_pred[:, :-1][state] - target) ** 2, (last - target) ** 2]).cpu())
     error, still = torch.cat(squares, 1).mean((1, 2)).sqrt().tolist()
     return {"action_accuracy": torch.cat(right).float().mean().item(), "state_error": error, "state_error_nothing_moves": still}
-
-
-def write_json(path, value):
-    """JSON written aside and renamed, so that no reader sees half a file."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    aside.replace(path)

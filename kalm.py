@@ -18,6 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import store
+
+if __name__ == "__main__":
+    store.stop_cleanly()  # before the imports below, which take seconds
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets  # noqa: E402
@@ -33,10 +37,13 @@ import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import formats  # noqa: E402
 from data import llm as llm_source  # noqa: E402
+from data.manifest import check_files, note_stage, read_manifest  # noqa: E402
 from data import report as report_page  # noqa: E402
 from model import TASKS, KalmForRollouts  # noqa: E402
 
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
+WRITES = {"collect": ("rollouts/real",), "ground": ("grounded",), "learn": ("policies",), "evaluate": ("results.json",),
+          "imagine": ("rollouts/rephrase", "rollouts/easy", "rollouts/hard", "quality.json"), "report": ("report.html",)}
 READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
 METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql", "iql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
@@ -127,6 +134,7 @@ def parse_options(arguments):
                         help=f"one dial for all sizes: {', '.join(SCALES)}")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--force", action="store_true", help="redo the stages even if nothing changed")
+    parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="between checkpoints of ground and learn; 0: each step")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for stage in STAGES:
         group = [o for o in OPTIONS if o.stage == stage]
@@ -170,6 +178,8 @@ def parse_options(arguments):
         raise ValueError(f"--visited_share must be at most 1, got {options.visited_share}")
     if max(options.candidates, options.step_candidates) > env.NUM_ACTIONS:
         raise ValueError(f"--candidates and --step_candidates are at most {env.NUM_ACTIONS}, the number of actions")
+    if not options.checkpoint_minutes >= 0:
+        raise ValueError(f"--checkpoint_minutes must be a number from 0 on, got {options.checkpoint_minutes}")
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
     try:
@@ -194,7 +204,7 @@ def check_run_folder(options):
     run = options.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output_dir {run} is a file; give a folder")
-    if run.is_dir() and any(run.iterdir()) and not (run / "manifest.json").is_file():
+    if run.is_dir() and {p.name for p in run.iterdir()} - store.FIRST_FILES and not (run / "manifest.json").is_file():
         raise ValueError(f"--output_dir {run} has files but no manifest.json, so it is not a KALM run; give a new folder")
     done = read_manifest(run)["stages"]
     if "ground" in done and not options.adapter_is_settled:
@@ -235,28 +245,16 @@ def novel_goals(options):
 # ------------------------------------------------------------------------------------------------------------------
 # Manifest: what is done, and from what
 
-def read_manifest(run):
-    path = run / "manifest.json"
-    if not path.is_file():
-        return {"format": "kalm-run", "version": 1, "stages": {}}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert manifest["format"] == "kalm-run" and isinstance(manifest["stages"], dict)
-    except (json.JSONDecodeError, KeyError, AssertionError, TypeError):
-        raise ValueError(f"{path} is not a manifest of a KALM run; give another --output_dir") from None
-    return manifest
-
-
 def stage_options(stage, options):
     """The options that a stage's result follows from; a goals file, --data and an adapter count by their content."""
     own = {o.name: getattr(options, o.name) for o in OPTIONS if o.stage == stage and o.name != "report_to"}
     if own.get("goals"):
-        own["goals"] = hashlib.sha256(Path(options.goals).read_bytes()).hexdigest()
+        own["goals"] = store.sha256(options.goals)
     if own.get("data"):
         own["data"] = formats.content_hash(options.data)
     if own.get("adapter"):
         files = (adapter_folder(options) / name for name in ("adapter_model.safetensors", "new_layers.safetensors"))
-        own["adapter_sha256"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+        own["adapter_sha256"] = [store.sha256(path) for path in files if path.is_file()]
     return {"seed": options.seed, **own}
 
 
@@ -316,11 +314,14 @@ def ground_llm(options, state):
         metrics = {"log": []}
         model = KalmForRollouts.from_llm(llm, lora_rank=options.lora_rank, embedding_scale=options.embedding_scale,
                                          seed=options.seed, **ground.observation_statistics(records))
+    weights, moments = 4 * model.num_parameters(), 8 * model.num_parameters(only_trainable=True)
     if steps:
-        log = ground.train(
-            model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
-            learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
-            tasks=options.tasks.split(","), copies=options.renamed_copies, seed=options.seed, report_to=options.report_to)
+        with store.room_for(2 * (weights + moments), options.work, "stage 'ground'"):  # the last checkpoint stays until the next is done
+            log = ground.train(
+                model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
+                learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
+                tasks=options.tasks.split(","), copies=options.renamed_copies, seed=options.seed, report_to=options.report_to,
+                checkpoints=options.work, checkpoint_minutes=options.checkpoint_minutes)
         model = ground.gathered(model)
         before = metrics["log"][-1]["step"] if metrics["log"] else 0
         metrics = {"log": metrics["log"] + [{**entry, "step": before + entry["step"]} for entry in log if "loss" in entry]}
@@ -334,17 +335,14 @@ def ground_llm(options, state):
                 figures = rollout.explanation_accuracy(held_out, rollout.explain(model, tokenizer, held_out, prompt))
                 metrics.update({f"{name}_{k}": v for k, v in figures.items()})
     print("  held-out rollouts: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k != "log"))
-    aside, folder = options.run / "grounded.partial", options.run / "grounded"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if model.config.lora_rank and steps:
-        (aside / "adapter").mkdir()
-        model.save_adapter(aside / "adapter")
-        ground.write_json(aside / "adapter" / "metrics.json", metrics)
-    ground.write_json(aside / "metrics.json", metrics)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with store.room_for(weights, options.run, "stage 'ground'"), store.replacing(options.run / "grounded") as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if model.config.lora_rank and steps:
+            (aside / "adapter").mkdir()
+            model.save_adapter(aside / "adapter")
+            store.write_json(aside / "adapter" / "metrics.json", metrics)
+        store.write_json(aside / "metrics.json", metrics)
 
 
 def adapter_folder(options):
@@ -377,24 +375,27 @@ def imagine(options, state):
     figures, made = {}, {}
     for number, (level, level_goals) in enumerate(goals.items()):
         with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
-            rounds = imagine_level(options, state, model, tokenizer, level, level_goals, visited, [options.seed, 3, number])
+            rounds = imagine_level(options, state, model, tokenizer, level, level_goals, visited, [options.seed, 3, number],
+                                   options.work)
         if state.is_main_process:
             figures[level], made[level] = rollout.quality(rounds[0]), sum(rounds, [])
             print(f"  {level:9}" + "  ".join(f"{k} {v:.3f}" for k, v in figures[level].items() if k != "rollouts"))
     if state.is_main_process:
         for level in env.NOVEL_LEVELS:
-            shutil.rmtree(options.run / "rollouts" / level, ignore_errors=True)
             if level in made:
                 rollout.write_rollouts(options.run / "rollouts" / level, made[level])
-        ground.write_json(options.run / "quality.json", figures)
+            else:
+                store.remove(options.run / "rollouts" / level)
+        store.write_json(options.run / "quality.json", figures)
 
 
-def imagine_level(options, state, model, tokenizer, level, goals, visited, seed):
+def imagine_level(options, state, model, tokenizer, level, goals, visited, seed, work):
     """Rounds of imagining, one a temperature: the first from every start, each later one from the starts without a match.
 
     Later rounds look ahead: of several actions that the model would take, the reward picks the one with the best imagined outcome.
     So what is kept is spread over goals and starts as the starts are, not as the model's luck is. Goals of level offline, for
-    comparison, have one start and one round each. Returns records by round.
+    comparison, have one start and one round each. A finished round is kept in the folder `work`, and read from
+    there the next time. Returns records by round.
     """
     rng, rounds = np.random.default_rng(seed), []
     repeats = {"offline": 1, "easy": options.step_starts}.get(level, options.starts_per_goal)
@@ -406,14 +407,20 @@ def imagine_level(options, state, model, tokenizer, level, goals, visited, seed)
     rows = np.arange(len(goals))
     candidates = np.array([options.step_candidates if goal.kind == "step" else options.candidates for goal in goals])
     for number, temperature in enumerate(map(float, options.temperatures.split(",")[:1 if level == "offline" else None])):
-        mine = rows[state.process_index::state.num_processes]
-        part = rollout.generate_all(
-            model, tokenizer, [goals[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
-            candidates=candidates[mine] if number else 1, seed=int(rng.integers(2 ** 31)) + state.process_index, description=f"imagine {level}")
-        if options.self_check:
-            for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
-                record.update(explanation=text, dynamics_error=error)
-        part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
+        mine, draws, kept = rows[state.process_index::state.num_processes], int(rng.integers(2 ** 31)), work / f"{level}-{number}"
+        if store.is_sealed(kept):
+            part = rollout.read_rollouts(kept)
+        else:
+            part = rollout.generate_all(
+                model, tokenizer, [goals[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
+                candidates=candidates[mine] if number else 1, seed=draws + state.process_index, description=f"imagine {level}")
+            if options.self_check:
+                for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
+                    record.update(explanation=text, dynamics_error=error)
+            part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
+            if state.is_main_process:
+                rollout.write_rollouts(kept, part)
+                store.seal(kept)
         rounds.append(part)
         rows = rows[[not r["success"] for r in part]]
         if len(rows) == 0:
@@ -454,11 +461,6 @@ def learn(options, state):
             f"; {name} " + ", ".join(f"{level} {len(rows)}" for level, rows in sources[name].items()) for name in ("relabel", "kalm")))
     config = rl.RLConfig(steps=options.rl_steps, batch=options.rl_batch, lr=options.rl_learning_rate,
                          conservative_weight=options.conservative_weight, imaginary_share=options.imaginary_share, bf16=options.bf16)
-    folder, aside = options.run / "policies", options.run / "policies.partial"
-    if state.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    state.wait_for_everyone()
     buffer = rl.Buffer(real, table, state.device)
     seeds, curves = list(range(options.seeds)), []
     methods = [m for m in options.methods.split(",") if m != "llm"]
@@ -467,15 +469,19 @@ def learn(options, state):
         extra = [rl.Buffer(rows, table, state.device, balanced=bool(options.balance_goals), dynamics_tolerance=options.dynamics_tolerance)
                  for rows in sources[source].values() if rows]
         extra = [imaginary for imaginary in extra if len(imaginary)]
-        network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, description=method)
-        rl.save_policy(aside / f"{method}.safetensors", network, seeds, method, config)
+        network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, description=method,
+                                  snapshots=options.work, snapshot_minutes=options.checkpoint_minutes)
+        rl.save_policy(options.work / f"{method}.safetensors", network, seeds, method, config)
         curves.append((method, curve))
     curves = dict(gather_object(curves))
     if state.is_main_process:
-        table.save(aside / "goals.safetensors")
-        ground.write_json(aside / "curves.json", {m: curves[m] for m in methods})
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with store.replacing(options.run / "policies") as aside:
+            aside.mkdir()
+            table.save(aside / "goals.safetensors")
+            for method in methods:
+                shutil.copy(options.work / f"{method}.safetensors", aside)
+            store.write_json(aside / "curves.json", {m: [entry[:2] for entry in curves[m]] for m in methods})
+            store.write_json(aside / "gradient_norms.json", {m: [(step, norm) for step, _, norm in curves[m]] for m in methods})
 
 
 def load_encoder(options, state):
@@ -522,7 +528,7 @@ def evaluate(options, state):
             success[method][level] = {"mean": float(np.mean(rates)), "std": float(np.std(rates)), "seeds": rates,
                                       "episodes": options.episodes * len(rates)}
     metrics = json.loads((options.run / "grounded" / "metrics.json").read_text(encoding="utf-8"))
-    ground.write_json(options.run / "results.json", {
+    store.write_json(options.run / "results.json", {
         "success": success, "quality": json.loads((options.run / "quality.json").read_text(encoding="utf-8")),
         "grounding": {k: v for k, v in metrics.items() if k != "log"},
         "time_s": {}, "config": {"seed": options.seed, "scale": options.scale, **{o.name: getattr(options, o.name) for o in OPTIONS}}})
@@ -591,8 +597,10 @@ def main(arguments=None):
         llm_source.check_layers(options.llm_path, options.encoder_layers, "--encoder_layers")
         if options.encoder != "llm":
             llm_source.resolve(options.encoder, "--encoder")
-        run_stages(options)
-    except (ValueError, OSError) as error:
+        state = PartialState(cpu=not torch.cuda.is_available())
+        with store.locked(options.run, state.is_main_process):
+            run_stages(options, state)
+    except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
         print(f"kalm: {error}", file=sys.stderr)
@@ -600,11 +608,20 @@ def main(arguments=None):
     return 0
 
 
-def run_stages(options):
-    state = PartialState(cpu=not torch.cuda.is_available())
+def bytes_to_write(stage, options):
+    """About what a stage writes; ground says more when it knows its model."""
+    rounds, goals = len(options.temperatures.split(",")), options.novel_goals * (3 * options.starts_per_goal + options.step_starts)
+    return {"collect": 8e3 * options.train_goals * options.rollouts_per_goal, "imagine": 2 * rounds * goals * (300 + 60 * options.max_steps),
+            "learn": 6e6 * options.seeds * len(options.methods.split(",")), "report": 5e6}.get(stage, 1e6)
+
+
+def run_stages(options, state):
     options.bf16 = options.llm != "tiny" and bf16_is_fast()
     if state.is_main_process:
-        options.run.mkdir(parents=True, exist_ok=True)
+        store.recover(options.run)
+        if not (options.run / "manifest.json").is_file():
+            store.write_json(options.run / "manifest.json", read_manifest(options.run))
+    state.wait_for_everyone()
     manifest, todo, upstream = read_manifest(options.run), [], set()
     for stage in options.stages:
         record = manifest["stages"].get(stage)
@@ -614,28 +631,40 @@ def run_stages(options):
     state.wait_for_everyone()  # all processes have read the manifest before the first stage changes it
     if state.is_main_process:
         print_plan(options, todo)
-    for stage in todo:
-        started = time.time()
+    for number, stage in enumerate(todo):
+        started, manifest = time.time(), read_manifest(options.run)
+        options.work = options.run / "unfinished" / f"{stage}-{fingerprint(stage, options, manifest)}"
         if state.is_main_process:
             print(f"{stage} ...", flush=True)
-        transformers.set_seed(options.seed)
-        RUN_STAGE[stage](options, state)
+            check_files(options.run, manifest, set(READS[stage]) - set(todo[:number]))
+            for other in (options.run / "unfinished").glob("*"):
+                if options.force or other != options.work:
+                    store.remove(other)
+            options.work.mkdir(parents=True, exist_ok=True)
         state.wait_for_everyone()
+        transformers.set_seed(options.seed)
+        with store.room_for(bytes_to_write(stage, options), options.run, f"stage {stage!r}"):
+            RUN_STAGE[stage](options, state)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                finish_stage(stage, options, manifest, time.time() - started)
         if state.is_main_process:
-            manifest = read_manifest(options.run)
-            manifest["stages"][stage] = {"fingerprint": fingerprint(stage, options, manifest),
-                                         "options": stage_options(stage, options), "time_s": round(time.time() - started, 1)}
-            ground.write_json(options.run / "manifest.json", manifest)
-            if stage == "evaluate":
-                path = options.run / "results.json"
-                results = json.loads(path.read_text(encoding="utf-8"))
-                results["time_s"] = {s: manifest["stages"][s]["time_s"] for s in STAGES if s in manifest["stages"] and s != "report"}
-                ground.write_json(path, results)
             print(f"{stage} took {time.time() - started:.0f} s", flush=True)
         state.wait_for_everyone()
     if not todo and state.is_main_process and (options.run / "results.json").is_file():
+        check_files(options.run, manifest, ["evaluate"])
         print("nothing to do: every stage is done and unchanged (--force redoes them)")
         print("\n".join(report_page.results_table(json.loads((options.run / "results.json").read_text(encoding="utf-8")))))
+
+
+def finish_stage(stage, options, manifest, seconds):
+    """Note in the manifest that a stage is done, and from what; results.json also tells the seconds of all stages."""
+    record = {"fingerprint": fingerprint(stage, options, manifest), "options": stage_options(stage, options), "time_s": round(seconds, 1)}
+    if stage == "evaluate":
+        path, done = options.run / "results.json", {**manifest["stages"], stage: record}
+        results = json.loads(path.read_text(encoding="utf-8"))
+        store.write_json(path, {**results, "time_s": {s: done[s]["time_s"] for s in STAGES if s in done and s != "report"}})
+    note_stage(options.run, manifest, stage, record, WRITES[stage])
 
 
 def bf16_is_fast():

@@ -6,6 +6,7 @@ a leading batch dimension.
 This file knows no grounded model: rollouts come in as records, wherever they are from.
 """
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 from tqdm import trange
 
 import env
+from data import checkpoint, finite, store
 
 # ------------------------------------------------------------------------------------------------------------------
 # Goal encodings
@@ -180,6 +182,7 @@ class RLConfig:
     reward_scale: float = 0.01        # a success is worth 1
     target_update: float = 0.005      # Polyak step toward the online network, each gradient step
     imaginary_share: float = 0.5      # of each batch
+    max_grad_norm: float = 100.0      # of each seed; longer gradients are cut to it. Usual ones of CQL with weight 10 are below 42
     bf16: bool = False                # products of matrices in bfloat16, sums and losses in float32
 
 
@@ -224,10 +227,21 @@ def scaled(obs):
     return obs / 0.3
 
 
-def learn(algorithm, real, imaginary, table, seeds, config, description=""):
+def clip_gradients(networks, largest):
+    """Scale each seed's gradients down to the norm `largest`, in place. Returns the norms that they had, (seeds,)."""
+    gradients = [p.grad for network in networks for p in network.parameters()]
+    norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    scale = (largest / norm).clamp(max=1)[:, None, None]
+    for g in gradients:
+        g.mul_(scale)
+    return norm
+
+
+def learn(algorithm, real, imaginary, table, seeds, config, description="", snapshots=None, snapshot_minutes=5.0):
     """Train one policy a seed, all at once. algorithm: "bc", "cql" or "iql"; real: Buffer; imaginary: list of Buffers.
 
-    table: (goals, hidden) encodings. Returns the trained SeededMLP and its learning curve, a list of (step, loss).
+    table: (goals, hidden) encodings. snapshots: a folder for them; what an earlier call left there is where this one goes on.
+    Returns the trained SeededMLP and its learning curve, a list of (step, loss, gradient norm). Raises FloatingPointError.
     """
     device = real.action.device
     table = table.to(device)
@@ -241,8 +255,11 @@ def learn(algorithm, real, imaginary, table, seeds, config, description=""):
     optimizer = torch.optim.AdamW([p for each in trained for p in each.parameters()], lr=config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     generator = torch.Generator(device=device).manual_seed(int(sum(seeds)) + 17)
-    curve = []
-    for step in trange(config.steps, desc=description or algorithm, leave=False, mininterval=1):
+    name, curve, start, saved = description or algorithm, [], 0, time.monotonic()
+    training = [*trained, target], optimizer, schedule, generator
+    if last := snapshots and store.last_sealed(snapshots, name):
+        curve, start = checkpoint.resume_training(last, *training), int(last.name.rpartition("-")[2])
+    for step in trange(start, config.steps, desc=name, initial=start, total=config.steps, leave=False, mininterval=1):
         obs, goal, action, reward, next_obs, done = sample_batch(
             real, imaginary, config.batch, len(seeds), config.imaginary_share, generator)
         encoded, obs, next_obs = table[goal], scaled(obs), scaled(next_obs)
@@ -269,13 +286,19 @@ def learn(algorithm, real, imaginary, table, seeds, config, description=""):
                     + advantage_weighted_loss(out, action, q_target - v, config.advantage_weight))
         optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
+        norm = clip_gradients(trained, config.max_grad_norm)
+        finite.check(f"{name}, step {step + 1}", {"loss": loss, "norm of the gradient": norm}, (obs, next_obs, reward, encoded, out),
+                     ("seed", "batch row"))
         optimizer.step()
         schedule.step()
         if algorithm != "bc":
             with torch.no_grad():
                 torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), config.target_update)
         if step % max(1, config.steps // 100) == 0:
-            curve.append((step, loss.mean().item()))
+            curve.append((step, loss.mean().item(), norm.max().item()))
+        if snapshots and (step + 1 == config.steps or time.monotonic() - saved >= 60 * snapshot_minutes):
+            checkpoint.save_training(Path(snapshots) / f"{name}-{step + 1}", *training, curve)
+            saved = time.monotonic()
     return network, curve
 
 
@@ -334,11 +357,9 @@ def relabel(records, goals, count, rng, pool=6000):
 
 def save_policy(path, network, seeds, method, config):
     """All seeds of one method as one safetensors file, written aside and renamed."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    save_file(tensors, str(aside), {"method": method, "seeds": json.dumps(list(seeds)), "config": json.dumps(asdict(config))})
-    aside.replace(path)
+    with store.replacing(path) as aside:
+        save_file(tensors, str(aside), {"method": method, "seeds": json.dumps(list(seeds)), "config": json.dumps(asdict(config))})
 
 
 def load_policy(path):

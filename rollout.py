@@ -4,15 +4,13 @@ The loop reads like the paper's (section 4.2): from a start state and a goal the
 expects, the next action... The same loop acts in the environment when the physics writes the states instead.
 This file knows nothing of training.
 """
-import shutil
-from pathlib import Path
-
 import datasets
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import env
+from data import finite, store
 from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_ids, text_positions
 from model import ACTION, PAD, STATE, TEXT
 
@@ -106,6 +104,7 @@ def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_step
         else:
             physics[running] = env.step_batch(physics[running], played)
             obs = torch.as_tensor(env.observe(physics[running]), device=model.device)
+        finite.check(f"rollout, action {step + 1}", {"state": obs}, (obs,), about=lambda row: goals[running[row]].text)
         after = obs.cpu().numpy()
         judged = env.success(array[running], before, after, played, imagined=physics is None)
         for row, o, a in zip(running, after, played):
@@ -232,7 +231,7 @@ def quality(records):
         "executed_of_matched": executed[match].mean() if match.any() else 0.0, "actions": np.mean([len(r["actions"]) for r in records]),
         "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
         "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
-    if "explanation" in records[0]:
+    if records[0].get("explanation") is not None:
         fits = np.array([not env.contradicts(r["goal"], r["explanation"]) for r in records])
         figures["explained"] = fits.mean()
         figures["match_of_explained"] = match[fits].mean() if fits.any() else 0.0
@@ -270,13 +269,9 @@ OPTIONAL = ("states", "explanation", "dynamics_error")
 
 def write_rollouts(path, records):
     """Write rollout records as a Hugging Face dataset folder, aside and then renamed."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     columns = {k: [v.tolist() if isinstance(v := r.get(k), np.ndarray) else v for r in records] for k in FEATURES}
-    datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
+    with store.replacing(path) as aside:
+        datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
 
 
 def read_rollouts(path):

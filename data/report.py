@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 
 import env  # noqa: E402
 import rollout  # noqa: E402
+from data import store  # noqa: E402
 
 # The paper's figures, by level in the order of env.LEVELS: success of its best policies as read off its figure, rates as printed
 PAPER_SUCCESS = dict(zip(env.LEVELS, (0.60, 0.45, 0.35, 0.09)))
@@ -224,9 +225,8 @@ def write(run, imagined):
         times=html_table("Seconds of each stage", ["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in {**times, "all": sum(times.values())}.items()]),
         versions=html_table("What it ran on", ["package", "version"], versions()),
         settings=html_table("Every option of the run", ["option", "value"], [[k, str(v)] for k, v in settings.items()]))
-    aside = run / "report.html.partial"
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(run / "report.html")
+    with store.replacing(run / "report.html") as aside:
+        aside.write_text(page, encoding="utf-8")
     return results
 
 

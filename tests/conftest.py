@@ -15,8 +15,14 @@ import torch  # noqa: E402
 
 import env  # noqa: E402
 import ground  # noqa: E402
-from data import llm  # noqa: E402
+from data import llm, store  # noqa: E402
 from model import KalmForRollouts  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """Files are not synced to the disk, which takes most of the time of runs as small as those of the tests."""
+    monkeypatch.setattr(store.os, "fsync", lambda handle: None)
 
 
 def pytest_configure(config):

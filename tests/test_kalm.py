@@ -208,7 +208,7 @@ def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chos
 # -------------------------------------------------------------------------------------------------- rounds of imagining
 
 @pytest.mark.parametrize("level, candidates", [("hard", 3), ("easy", 9)])
-def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level, candidates):
+def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, tmp_path, level, candidates):
     goals, asked = kalm.env.sample_goals(level, "test", 5, np.random.default_rng(0)), []
 
     def imagine_some(model, tokenizer, wanted, starts, **options):
@@ -218,7 +218,7 @@ def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, level
     options = kalm.parse_options(["--scale", "smoke", "--starts_per_goal", "4", "--step_starts", "4", "--step_candidates", "9",
                                   "--self_check", "0", "--visited_share", "0.5", "--temperatures", "1,2,3,4"])
     visited = kalm.env.observe(kalm.env.initial_states(np.random.default_rng(1), 7))
-    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0)
+    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0, tmp_path)
     assert [len(made) for made in rounds] == [20, 13, 9]
     assert [(t, tried) for t, tried, _ in asked] == [(1, {1}), (2, {candidates}), (3, {candidates})]
     starts = [pairs for _, _, pairs in asked]

@@ -124,7 +124,7 @@ def test_updates_equal_the_ones_computed_by_hand(algorithm):
     generator = torch.Generator().manual_seed(sum(seeds) + 17)
     batches = [rl.sample_batch(real, [imaginary], 12, 2, 0.5, generator) for _ in range(3)]
     network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config)
-    assert [step for step, _ in curve] == [0, 1, 2]
+    assert [step for step, *_ in curve] == [0, 1, 2]
     for seed_index in range(2):
         inputs = config, seed_index, batches, table.table.numpy().astype(float)
         expected = iql_by_hand(*inputs[:3], (start, start, value), inputs[3]) if algorithm == "iql" else by_hand(
