@@ -320,6 +320,7 @@ WRONG = {  # field, what is done to it, what the message says beside the file; o
     "NaN reward": ("rewards", np.nan, "row 2: rewards has NaN"),
     "action 40": ("actions", 40, "row 2: actions must be in 0..39, got"),
     "action -1": ("actions", -1, "row 2: actions must be in 0..39, got -1"),
+    "an action no integer can hold": ("actions", lambda a: a + 1e300, "row 0: actions must be in 0..39, got 1e+300"),
     "half an action": ("actions", lambda a: a + 0.5, "row 0: actions must be whole numbers"),
     "actions as texts": ("actions", lambda a: a.astype(str), "row 0: actions must be one whole number a step, got"),
     "two numbers an action": ("actions", lambda a: np.stack([a, a], -1), "row 0: actions must be one whole number a step, got shape"),
