@@ -334,6 +334,7 @@ WRONG = {  # field, what is done to it, what the message says beside the file; o
     "steps that do not follow": ("next_observations", lambda a: a + 0.5, "next_observations of a step are not the observations"),
     "two sources": ("goals", 1, "row 2: goals must"),
     "a direction 7": ("goals", lambda a: a + (np.arange(6) == 5) * 7, "row 0: goals must mark"),
+    "a goal that changes": ("goals", lambda a: a + (np.arange(20) == 19)[:, None] * (np.arange(6) == 5), "goals must be 6 numbers, the same at each"),
     "no rows": ("masks", lambda a: a[:0], "has shape (12,"),
 }
 
