@@ -200,7 +200,7 @@ def cut(name):
 
 BAD_FILES = {  # what happens to a finished run, the stage that is redone, what the message names
     "one row": (few_rows, "ground", "has 1 rollouts, and 2 are held out"),
-    "no rows": (no_rows, "ground", "real: the dataset has no rows"),
+    "no rows": (no_rows, "ground", "real is not a rollouts dataset"),
     "a million rows of zero length": (many_rows_of_zero_length, "ground", "real, row 0: a rollout needs at least one action"),
     "no dataset": (lambda run: shutil.rmtree(run / "rollouts" / "real"), "ground", "real is not a rollouts dataset"),
     "missing column": (no_column, "ground", "real: column 'actions' is missing"),
