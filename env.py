@@ -223,7 +223,8 @@ def read_goals(path):
             try:
                 goals.append(Goal.from_json(json.loads(line)))
             except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', 'nested too deep')}); write one JSON object a line") from None
+                problem = getattr(error, "msg", "nested too deep")
+                raise ValueError(f"{path}, line {number}: not JSON ({problem}); write one JSON object a line") from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not goals:
