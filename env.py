@@ -223,8 +223,9 @@ def read_goals(path):
         if line.strip():
             try:
                 goals.append(Goal.from_json(json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one JSON object a line") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                problem = getattr(error, "msg", "nested too deep")
+                raise ValueError(f"{path}, line {number}: not JSON ({problem}); write one JSON object a line") from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not goals:

@@ -37,8 +37,8 @@ import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import formats  # noqa: E402
 from data import llm as llm_source  # noqa: E402
-from data.manifest import check_files, note_stage, read_manifest  # noqa: E402
 from data import report as report_page  # noqa: E402
+from data.manifest import check_files, keep_unfinished, note_stage, open_run, read_manifest  # noqa: E402
 from model import TASKS, KalmForRollouts  # noqa: E402
 
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
@@ -142,6 +142,7 @@ def parse_options(arguments):
         for option in group:
             section.add_argument(f"--{option.name}", type=type(option.values[0]), default=argparse.SUPPRESS, metavar="",
                                  help=f"{option.help} ({' / '.join(str(v) for v in option.values)})")
+    parser.error = refuse_arguments
     options = parser.parse_args(arguments)
     if options.scale not in SCALES:
         raise ValueError(f"unknown scale {options.scale!r}; scales are {', '.join(SCALES)}")
@@ -178,10 +179,9 @@ def parse_options(arguments):
         raise ValueError(f"--visited_share must be at most 1, got {options.visited_share}")
     if max(options.candidates, options.step_candidates) > env.NUM_ACTIONS:
         raise ValueError(f"--candidates and --step_candidates are at most {env.NUM_ACTIONS}, the number of actions")
-    if not options.checkpoint_minutes >= 0:
-        raise ValueError(f"--checkpoint_minutes must be a number from 0 on, got {options.checkpoint_minutes}")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    for name in ("seed", "checkpoint_minutes"):
+        if not getattr(options, name) >= 0:
+            raise ValueError(f"--{name} must be at least 0, got {getattr(options, name)}")
     try:
         temperatures = [float(t) for t in options.temperatures.split(",")]
     except ValueError:
@@ -191,6 +191,10 @@ def parse_options(arguments):
     options.stages = [s for s in STAGES if "all" in options.stage or s in options.stage]
     options.run = Path(options.output_dir)
     return options
+
+
+def refuse_arguments(message):
+    raise ValueError(f"{message}; `kalm.py --help` lists the options")
 
 
 CHOICES = {"split": ("validation", "test"), "keep": ("matched", "explained", "both", "all"), "tasks": TASKS,
@@ -359,11 +363,11 @@ def adapter_folder(options):
 
 def load_grounded(options, state):
     """The grounded model on this process's device, LoRA merged and with --bf16 its backbone so, and its tokenizer."""
-    folder = options.run / "grounded"
-    model = KalmForRollouts.from_pretrained(folder, dtype=torch.float32).merge_adapters()
+    model, tokenizer = llm_source.load_grounded(options.run / "grounded")
+    model.merge_adapters()
     if options.bf16:
         model.backbone.to(torch.bfloat16)
-    return model.to(state.device).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    return model.to(state.device).eval(), tokenizer
 
 
 def imagine(options, state):
@@ -618,9 +622,7 @@ def bytes_to_write(stage, options):
 def run_stages(options, state):
     options.bf16 = options.llm != "tiny" and bf16_is_fast()
     if state.is_main_process:
-        store.recover(options.run)
-        if not (options.run / "manifest.json").is_file():
-            store.write_json(options.run / "manifest.json", read_manifest(options.run))
+        open_run(options.run)
     state.wait_for_everyone()
     manifest, todo, upstream = read_manifest(options.run), [], set()
     for stage in options.stages:
@@ -637,10 +639,7 @@ def run_stages(options, state):
         if state.is_main_process:
             print(f"{stage} ...", flush=True)
             check_files(options.run, manifest, set(READS[stage]) - set(todo[:number]))
-            for other in (options.run / "unfinished").glob("*"):
-                if options.force or other != options.work:
-                    store.remove(other)
-            options.work.mkdir(parents=True, exist_ok=True)
+            keep_unfinished(options.work, anew=options.force)
         state.wait_for_everyone()
         transformers.set_seed(options.seed)
         with store.room_for(bytes_to_write(stage, options), options.run, f"stage {stage!r}"):

@@ -290,7 +290,7 @@ def read_rollouts(path):
     records = data.select_columns([*needed, *(c for c in OPTIONAL[1:] if c in data.column_names)]).to_list()
     for number, record in enumerate(records):
         try:
-            record["observations"] = np.array(record["observations"], np.float32).reshape(len(record["observations"]), -1)
+            record["observations"] = np.array(record["observations"], np.float32).reshape(len(record["observations"]) or 1, -1)
             record["actions"] = np.array(record["actions"], np.int64)
             record["rewards"] = np.array(record["rewards"], np.float32)
             if record.get("dynamics_error") is not None:

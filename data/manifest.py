@@ -18,6 +18,21 @@ def read_manifest(run):
     return manifest
 
 
+def open_run(run):
+    """Mend what a killed process left of a run, and see to it that there is a manifest."""
+    store.recover(run)
+    if not (run / "manifest.json").is_file():
+        store.write_json(run / "manifest.json", read_manifest(run))
+
+
+def keep_unfinished(work, anew=False):
+    """Make the folder of what a stage has not finished, and delete those of other stages and options; anew: this one's content too."""
+    for other in work.parent.glob("*"):
+        if anew or other != work:
+            store.remove(other)
+    work.mkdir(parents=True, exist_ok=True)
+
+
 def check_files(run, manifest, stages):
     """Raise ValueError, which names file and stage, where a file that one of the stages wrote is not as it was then."""
     for stage in stages:

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 
 import env  # noqa: E402
 import ground  # noqa: E402
+import kalm  # noqa: E402
 from data import llm, store  # noqa: E402
 from model import KalmForRollouts  # noqa: E402
 
@@ -71,6 +72,15 @@ def smoke_run(tmp_path_factory):
     done = run_kalm("--scale", "smoke", "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def stages_run(monkeypatch):
+    """Stages only note that they were run: a list of their names."""
+    names = []
+    for stage in kalm.STAGES:
+        monkeypatch.setitem(kalm.RUN_STAGE, stage, lambda options, state, stage=stage: names.append(stage))
+    return names
 
 
 @pytest.fixture

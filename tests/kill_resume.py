@@ -1,8 +1,8 @@
 """Kills a smoke run at random moments and starts it again: `python tests/kill_resume.py [--kills 30] [--seed 0]`.
 
-A run that nobody touched comes first. Then one trial a kill: a new run, SIGKILL after a random part of the time that the whole
-run took, the same command again, and its results.json compared with that of the untouched run (time_s apart). Every second trial
-is killed a second time. Exit code 0 if all are equal.
+A run that nobody touched comes first. Then one trial a kill: a new run, SIGKILL after a random part of the time that the stages
+of that run took, the same command again, and its results.json compared with that of the untouched run (time_s apart). Every second
+trial is killed a second time. Exit code 0 if all are equal.
 """
 import argparse
 import json
@@ -22,10 +22,13 @@ def start(run):
 
 
 def finish(run):
+    """Run to the end. Returns the seconds from the first line on, which comes when all is imported."""
     process = start(run)
-    output, _ = process.communicate(timeout=600)
+    first, began = process.stdout.readline(), time.monotonic()
+    output = first + process.communicate(timeout=600)[0]
     if process.returncode:
         sys.exit(f"{run} ended with {process.returncode}:\n{output[-3000:]}")
+    return time.monotonic() - began
 
 
 def results_of(run):
@@ -35,8 +38,9 @@ def results_of(run):
 
 
 def killed(run, seconds):
-    """Kill a run after so many seconds. Returns where it was: the finished stages, and what lay unfinished."""
+    """Kill a run so many seconds after its first line. Returns where it was: the finished stages, and what lay unfinished."""
     process = start(run)
+    process.stdout.readline()
     time.sleep(seconds)
     process.kill()
     process.communicate()
@@ -52,10 +56,9 @@ def main():
     options = parser.parse_args()
     rng, equal = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        untouched, began = Path(folder) / "untouched", time.monotonic()
-        finish(untouched)
-        whole = time.monotonic() - began
-        print(f"an untouched run takes {whole:.1f} s", flush=True)
+        untouched = Path(folder) / "untouched"
+        whole = finish(untouched)
+        print(f"the stages of an untouched run take {whole:.1f} s", flush=True)
         for number in range(options.kills):
             run = Path(folder) / f"run {number}"
             where = [killed(run, rng.uniform(0, whole)) for _ in range(1 + number % 2)]

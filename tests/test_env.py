@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, expert_rollouts
+from endurance import endure
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
@@ -75,6 +76,13 @@ def test_each_action_pushes_its_ball_its_way_and_no_other():
         off_course = math.atan2(y, x) - math.atan2(*ways[action % 8][::-1])
         assert 0.08 < math.hypot(x, y) < 0.35 and math.cos(off_course) > 0.99
         assert np.abs(np.delete(change, action // 8, 0)).max() < 0.005
+
+
+def test_step_batch_names_the_row_of_a_state_that_is_not_finite():
+    states = env.initial_states(np.random.default_rng(0), 3)
+    states[1, 40] = np.nan
+    with pytest.raises(ValueError, match="state 1 of the batch has NaN"):
+        env.step_batch(states, np.zeros(3, int))
 
 
 def test_step_batch_refuses_wrong_shapes_and_unknown_actions():
@@ -327,6 +335,12 @@ def test_episodes_start_unfulfilled_and_end_at_the_first_success():
 
 
 # ------------------------------------------------------------------------------------------------- Gymnasium, pictures
+
+def test_random_play_stays_finite_and_between_the_walls():
+    squeezed, past, memory = endure(4000, rows=40)
+    assert 0 <= squeezed < 0.02 and past == 0  # a ball pressed against a wall gives way by millimetres
+    assert memory < 20e6
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_environment_passes_gymnasiums_checks():

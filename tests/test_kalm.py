@@ -1,6 +1,5 @@
-"""The command: a whole run, resuming, users' goals, several processes, bad input."""
+"""The command: a whole run, resuming, users' goals, several processes."""
 import json
-import os
 import re
 import shutil
 
@@ -10,7 +9,6 @@ import torch
 from conftest import run_kalm
 
 import kalm
-from data import llm
 from env import LEVELS, NOVEL_LEVELS
 
 SMOKE = ("--scale", "smoke", "--output_dir")
@@ -104,15 +102,6 @@ def test_two_processes_share_the_work_and_give_complete_results(smoke_run, tmp_p
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
-
-@pytest.fixture
-def stages_run(monkeypatch):
-    """Stages only note that they were run: a list of their names."""
-    names = []
-    for stage in kalm.STAGES:
-        monkeypatch.setitem(kalm.RUN_STAGE, stage, lambda options, state, stage=stage: names.append(stage))
-    return names
-
 
 @pytest.mark.parametrize("arguments, redone", [
     ([], []),
@@ -229,105 +218,7 @@ def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, tmp_p
     assert 4 <= elsewhere <= 16
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-BROKEN = json.dumps(MY_GOALS[0]) + '\n{"text": \n'
-BAD_INPUT = {  # arguments, the content of mine.jsonl, what the message names
-    "unknown stage": (["--stage", "dream"], "", "dream"),
-    "unknown scale": (["--scale", "huge"], "", "huge"),
-    "unknown LLM": (["--llm", "nosuchmodel"], "", "nosuchmodel"),
-    "unknown encoder": (["--encoder", "nosuchmodel"], "", "nosuchmodel"),
-    "too many layers": (["--llm", "LLM", "--keep_layers", "3"], "", "2 layers"),
-    "too many encoder layers": (["--llm", "LLM", "--encoder_layers", "3"], "", "2 layers"),
-    "unknown split": (["--split", "train"], "", "train"),
-    "unknown keep": (["--keep", "best"], "", "best"),
-    "missing goals file": (["--goals", "absent.jsonl"], "", "absent.jsonl"),
-    "broken goals file": (["--goals", "mine.jsonl"], BROKEN, "mine.jsonl, line 2"),
-    "unknown level": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "level": "heroic"}), "heroic"),
-    "training level": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "level": "offline"}), "offline"),
-    "unknown colour": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "relations": [["mauve", None, "left"]]}), "mauve"),
-    "goals not UTF-8": (["--goals", "mine.jsonl"], b'{"text": "caf\xe9"}', "mine.jsonl"),
-    "missing input": (["--stage", "learn"], "", "--stage collect"),
-    "missing input of a later stage": (["--stage", "collect", "ground", "learn"], "", "--stage imagine"),
-    "no run folder": (["--output_dir", "photos"], "", "photos"),
-    "foreign manifest": (["--output_dir", "foreign"], "", "manifest.json"),
-    "output is a file": (["--output_dir", "mine.jsonl"], "", "mine.jsonl"),
-    "negative size": (["--train_goals", "-3"], "", "--train_goals"),
-    "no episodes": (["--episodes", "0"], "", "--episodes"),
-    "negative rate": (["--rl_learning_rate", "-0.1"], "", "--rl_learning_rate"),
-    "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
-    "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
-    "no adapter": (["--adapter", "photos"], "", "photos has no adapter_model.safetensors"),
-    "fresh layers below an adapter": (["--fresh_layers", "1", "--lora_rank", "2"], "", "--lora_rank 0"),
-    "random weights below an adapter": (["--random_weights", "1", "--adapter", "photos"], "", "no --adapter"),
-    "too many fresh layers": (["--llm", "LLM", "--fresh_layers", "3"], "", "2 layers"),
-    "more fresh than kept": (["--llm", "LLM", "--keep_layers", "1", "--fresh_layers", "2"], "", "1 layers that are kept"),
-    "half a switch": (["--self_check", "2"], "", "--self_check is 0 or 1"),
-    "more than all visited": (["--visited_share", "1.5"], "", "--visited_share"),
-    "filter without check": (["--keep", "explained", "--self_check", "0"], "", "--self_check 1"),
-    "unknown method": (["--methods", "bc,sac"], "", "sac"),
-    "a method twice": (["--methods", "bc,bc"], "", "--methods"),
-    "unknown task": (["--tasks", "dynamics,sleep"], "", "sleep"),
-    "temperatures no numbers": (["--temperatures", "1;2"], "", "--temperatures"),
-    "no candidates": (["--step_candidates", "0"], "", "--step_candidates"),
-    "more candidates than actions": (["--candidates", "41"], "", "--candidates"),
-    "negative temperature": (["--temperatures", "1,-1"], "", "--temperatures"),
-    "negative seed": (["--seed", "-1"], "", "--seed"),
-    "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),
-}
-
-
-@pytest.mark.parametrize("arguments, goals, named", BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, monkeypatch, capsys, stages_run, arguments, goals, named):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "mine.jsonl").write_bytes(goals if isinstance(goals, bytes) else goals.encode())
-    for folder, content in (("photos", "a cat"), ("foreign", "{}")):
-        os.mkdir(folder)
-        (tmp_path / folder / ("manifest.json" if folder == "foreign" else "cat.txt")).write_text(content)
-    if "LLM" in arguments:
-        for part in llm.tiny(0):
-            part.save_pretrained("LLM")
-    before = files_of(tmp_path)
-    assert kalm.main(["--scale", "smoke", "--output_dir", "run", *arguments]) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("kalm: ") and named in err and "\n" not in err
-    assert files_of(tmp_path) == before and not (tmp_path / "run").exists() and stages_run == []
-
-
-@pytest.mark.parametrize("arguments", (["--nosuch", "3"], ["--episodes", "many"], ["--stage"], ["--episode", "3"]))
-def test_unknown_options_and_values_of_the_wrong_type_exit_with_code_2(tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        kalm.main(arguments)
-    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
-
-
-def test_too_few_rollouts_to_hold_some_out_say_so(smoke_run, tmp_path, capsys):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    kalm.rollout.write_rollouts(run / "rollouts" / "real", kalm.rollout.read_rollouts(run / "rollouts" / "real")[:2])
-    assert kalm.main([*SMOKE, str(run), "--stage", "ground", "--force"]) == 2
-    assert "has 2 rollouts, and 2 are held out" in capsys.readouterr().err
-
-
-def test_a_damaged_dataset_stops_the_stage_that_reads_it(smoke_run, tmp_path, capsys):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    records = kalm.rollout.read_rollouts(run / "rollouts" / "real")
-    records[3]["actions"][0] = 99
-    kalm.rollout.write_rollouts(run / "rollouts" / "real", [{**r, "states": None} for r in records])
-    before = files_of(run)
-    capsys.readouterr()
-    assert kalm.main([*SMOKE, str(run), "--stage", "ground", "--force"]) == 2
-    assert re.search(r"^kalm: .*real, row 3: actions .*99$", capsys.readouterr().err, re.M)
-    assert files_of(run) == before
-
-
-def test_from_a_shell_bad_input_shows_one_line_and_debug_the_traceback(tmp_path):
-    done = run_kalm("--stage", "dream", "--output_dir", tmp_path / "run")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("kalm: ") and done.stdout == ""
-    with pytest.raises(ValueError):
-        kalm.main(["--stage", "dream", "--output_dir", str(tmp_path / "run"), "--debug"])
-
+# -------------------------------------------------------------------------------------------------- other options
 
 def test_chosen_methods_filters_and_fresh_weights_run_through_every_stage(tmp_path):
     options = ("--methods", "cql+both,bc,llm", "--keep", "explained", "--kept_per_goal", "1", "--dynamics_tolerance", "0.5",
