@@ -124,6 +124,7 @@ def generate_steps(model, tokenizer, goals, observations, *, tries, temperature=
                                            for goal, o in zip(goals, obs.cpu().numpy())])
     cache, logits, running = out.cache, out.action_logits[:, -1].clone(), np.arange(len(goals))
     mask = torch.cat([mask, mask.new_ones(len(goals), 1)], 1)
+    cache.activate_past_recording()  # sliding windows keep what `crop` brings back
     for _ in range(min(tries, env.NUM_ACTIONS)):
         actions = sample_actions(logits, temperature, generator)
         out = decode_one(model, ACTION, actions, obs, mask, positions, cache)

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 HEAD = "# To repeat this run: python kalm.py --config THIS_FILE --output_dir ANOTHER_FOLDER\n"
+WORDS = {int: "a whole number", float: "a number", str: "a text"}
 PATHS = ("llm", "encoder", "adapter", "goals")  # options that may name a file or a folder
 
 
@@ -51,7 +52,7 @@ def read(path, types):
                 raise ValueError
             options[name] = types[name]("" if value is None else value)
         except (TypeError, ValueError):
-            raise ValueError(f"--config {path}: {name} takes a {types[name].__name__}, got {value!r}") from None
+            raise ValueError(f"--config {path}: {name} takes {WORDS[types[name]]}, got {value!r}") from None
     return options
 
 
