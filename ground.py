@@ -215,8 +215,8 @@ def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, l
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_examples, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
         logging_steps=max(1, min(50, steps // 10)), save_strategy="no", seed=seed, data_seed=seed,
-        report_to=report_to, project=logs.PROJECT, run_name="grounding", remove_unused_columns=False, dataloader_num_workers=0,
-        ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
+        report_to=logs.check_trackers(report_to), project=logs.PROJECT, run_name="grounding", remove_unused_columns=False,
+        dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
     trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks, copies, seed),
                                data_collator=pack, new_learning_rate=new_learning_rate)
     trainer.train()

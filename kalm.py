@@ -38,8 +38,7 @@ import ground  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import account, card, logs, sentences  # noqa: E402
-from data import config as config_file  # noqa: E402
-from data import llm as llm_source  # noqa: E402
+from data import config as config_file, llm as llm_source  # noqa: E402
 from model import TASKS, KalmForRollouts  # noqa: E402
 
 STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
@@ -326,8 +325,7 @@ def ground_llm(options, state):
         log = ground.train(
             model, tokenizer, records, options.run / "logs", steps=steps, batch_examples=options.batch_examples,
             learning_rate=options.learning_rate, new_learning_rate=options.new_learning_rate, bf16=options.bf16,
-            tasks=options.tasks.split(","), copies=options.renamed_copies, seed=options.seed,
-            report_to=logs.check_trackers(options.report_to))
+            tasks=options.tasks.split(","), copies=options.renamed_copies, seed=options.seed, report_to=options.report_to)
         model = ground.gathered(model)
         before = metrics["log"][-1]["step"] if metrics["log"] else 0
         metrics = {"log": metrics["log"] + [{**entry, "step": before + entry["step"]} for entry in log if "loss" in entry]}
@@ -350,8 +348,7 @@ def ground_llm(options, state):
         model.save_adapter(aside / "adapter")
         ground.write_json(aside / "adapter" / "metrics.json", metrics)
     ground.write_json(aside / "metrics.json", metrics)
-    layers = llm.config.get_text_config().num_hidden_layers
-    card.write(aside, metrics, options, layers, model.config.lora_rank, (len(records), len(held_out)))
+    card.write(aside, metrics, options, model.config, (len(records), len(held_out)))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -431,8 +428,7 @@ def imagine_level(options, state, model, tokenizer, level, goals, visited, seed)
 
 def is_wanted(record, keep):
     """Whether --keep keeps an imagined rollout; for a goal without a judge its explanation decides, whatever --keep says."""
-    if record.get("kind") == "unknown":
-        keep = "explained"
+    keep = "explained" if record.get("kind") == "unknown" else keep
     return (keep in ("all", "explained") or record["success"]) and (keep in ("all", "matched") or rollout.explanation_fits(record))
 
 
@@ -766,8 +762,7 @@ def run_stages(options):
         print_plan(options, todo)
     if options.dry_run:
         return
-    if state.is_main_process:
-        options.run.mkdir(parents=True, exist_ok=True)
+    options.run.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()  # all processes have read the manifest before the first stage changes it
     for stage in todo:
         started = time.time()

@@ -75,8 +75,8 @@ class GoalTable:
 
     def save(self, path):
         """A safetensors file; the texts are its metadata, as JSON."""
-        tensors = {"table": self.table, **({} if self.scale is None else {"scale": self.scale})}
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, str(path), {"texts": json.dumps(list(self.index))})
+        tensors = {k: v.cpu().contiguous() for k, v in (("table", self.table), ("scale", self.scale)) if v is not None}
+        save_file(tensors, str(path), {"texts": json.dumps(list(self.index))})
 
     @classmethod
     def load(cls, path):

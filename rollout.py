@@ -252,11 +252,11 @@ def quality(records):
                               max(len(r["actions"]) for r in records))
     match, executed = (np.array([r["success"] for r in of]) for of in (records, played))
     judged = np.array([g.kind != "unknown" for g in goals])
-    figures = {} if not judged.any() else {
-        "match": match[judged].mean(), "executed": executed[judged].mean(),
-        "executed_of_matched": executed[match].mean() if match.any() else 0.0}
     figures = {
-        "rollouts": len(records), **figures, "actions": np.mean([len(r["actions"]) for r in records]),
+        "rollouts": len(records), "match": match[judged].mean(), "executed": executed[judged].mean(),
+        "executed_of_matched": executed[match].mean() if match.any() else 0.0} if judged.any() else {"rollouts": len(records)}
+    figures |= {
+        "actions": np.mean([len(r["actions"]) for r in records]),
         "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
         "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
     if "explanation" in records[0]:

@@ -46,14 +46,14 @@ grounded, tokenizer = AutoModel.from_pretrained(FOLDER), AutoTokenizer.from_pret
 """
 
 
-def write(folder, metrics, options, layers, lora_rank, counts):
+def write(folder, metrics, options, config, counts):
     """README.md in a folder of grounded weights.
 
-    metrics: as in metrics.json; options: of grounding, a namespace; layers: of the language model; counts: of rollouts, (trained
-    on, held out).
+    metrics: as in metrics.json; options: of grounding, a namespace; config: KalmConfig; counts: of rollouts, (trained on, held out).
     """
     start = f"the adapter `{options.adapter}`, then " if options.adapter else ""
-    tuned, tasks = f"LoRA of rank {lora_rank}" if lora_rank else "all weights", options.tasks.replace(",", ", ")
+    layers = config.backbone_config.get_text_config().num_hidden_layers
+    tuned, tasks = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights", options.tasks.replace(",", ", ")
     training = (f"{start}{options.adapter_steps if options.adapter else options.ground_steps} steps of {options.batch_examples} examples, "
                 f"tuning {tuned}, tasks {tasks}, seed {options.seed}")
     base, license_name = BASES.get(options.llm, (options.llm, "other"))

@@ -344,15 +344,16 @@ def test_the_model_card_has_front_matter_figures_and_how_to_load(smoke_run, tmp_
     assert card.data.license == "apache-2.0" and "kalm" in card.data.tags and card.data.base_model is None
     assert f"| error of a coordinate of the next state (m) | {metrics['state_error']:.3f} |" in card.text
     assert "AutoModel.from_pretrained" in card.text and "import model" in card.text and "146 rollouts" in card.text
-    options = kalm.parse_options(["--scale", "paper"])
-    kalm.card.write(tmp_path, metrics, options, 32, 0, (9, 2))
+    options, config = kalm.parse_options(["--scale", "paper"]), transformers.AutoConfig.from_pretrained(smoke_run / "grounded")
+    kalm.card.write(tmp_path, metrics, options, config, (9, 2))
     llama = ModelCard.load(tmp_path / "README.md")
     assert (llama.data.base_model, llama.data.license) == ("meta-llama/Llama-2-7b-chat-hf", "other")
     options = kalm.parse_options(["--scale", "cpu"])
-    kalm.card.write(tmp_path, metrics, options, 6, 64, (9, 2))
+    config.lora_rank = 64
+    kalm.card.write(tmp_path, metrics, options, config, (9, 2))
     smollm = ModelCard.load(tmp_path / "README.md")
     assert (smollm.data.base_model, smollm.data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    assert "LoRA of rank 64" in smollm.text and "adapter `released`" in smollm.text
+    assert "2 layers of it" in llama.text and "LoRA of rank 64" in smollm.text and "adapter `released`" in smollm.text
 
 
 def test_push_to_hub_uploads_weights_and_configuration_that_load_again(smoke_run, tmp_path, monkeypatch):
