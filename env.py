@@ -27,7 +27,7 @@ COLORS = ("red", "blue", "green", "purple", "cyan")
 DIRECTIONS = ("behind", "left", "front", "right")
 LEVELS = ("offline", "rephrase", "easy", "hard")
 NOVEL_LEVELS = LEVELS[1:]
-KINDS = ("relation", "step", "relations", "line", "gather")
+KINDS = ("relation", "step", "relations", "line", "gather", "unknown")  # unknown: no judge, never a success
 DIRECTION_VECTORS = np.array([(0, 1), (-1, 0), (0, -1), (1, 0)], float)  # behind is away from the viewer
 PUSH_VECTORS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8)])
 NUM_ACTIONS = len(COLORS) * len(PUSH_VECTORS)
@@ -192,6 +192,8 @@ class Goal:
         """Goal from a goals-file record. Raises ValueError that says which field is wrong and what it takes."""
         if not isinstance(record, dict):
             raise ValueError(f"a goal is a JSON object, got {type(record).__name__}")
+        if "kind" not in record and "relations" not in record:
+            record = {**record, "kind": "unknown", "relations": []}
         for field in ("text", "level", "kind", "relations"):
             if field not in record:
                 raise ValueError(f"field {field!r} is missing")
@@ -346,7 +348,7 @@ def success(goal, obs, next_obs, action, imagined=False):
     gap = np.diff(xy, axis=1)
     lined = (np.abs(np.arctan2(gap[..., 1], gap[..., 0])) <= LINE_ANGLE).all(1)
     gathered = (np.linalg.norm(xy - xy[:, GREEN:GREEN + 1], axis=-1) <= GATHER_RADIUS).all(1)
-    return np.choose(kind, [related, stepped, related, lined, gathered])
+    return np.choose(kind, [related, stepped, related, lined, gathered, np.zeros(len(xy), bool)])
 
 
 def potential(goal, obs):
@@ -366,7 +368,7 @@ def potential(goal, obs):
     step = -(xy[rows[:, 0], ball[:, 0]] * DIRECTION_VECTORS[way[:, 0]]).sum(-1)
     line = np.linalg.norm(np.diff(xy, axis=1) - (TARGET_DISTANCE, 0), axis=-1).sum(1)
     gather = np.linalg.norm(xy - xy[:, GREEN:GREEN + 1], axis=-1).sum(1)
-    return np.choose(kind, [related, step, related, line, gather])
+    return np.choose(kind, [related, step, related, line, gather, np.zeros(len(xy))])
 
 
 def reward(goal, obs, next_obs, action, imagined=False):

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import trange
 
 import env
-from data import finite, store
+from data import finite, logs, store
 from data.checkpoint import CheckpointByTime
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
@@ -204,33 +204,39 @@ class GroundingTrainer(transformers.Trainer):
     def _get_output_dir(self, trial):
         return str(self.checkpoints)
 
-    def log(self, logs, *args, **kwargs):
-        if self.parts and "loss" in logs:
+    def log(self, entry, *args, **kwargs):
+        if self.parts and "loss" in entry:
             for name, values in self.parts.items():  # 0 stands for a batch without the task or modality
                 values = torch.stack(values)
-                logs = {**logs, name: round((values.sum() / (values != 0).sum().clamp(min=1)).item(), 4)}
+                entry = {**entry, name: round((values.sum() / (values != 0).sum().clamp(min=1)).item(), 4)}
             self.parts.clear()
-        super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero():
+            logs.write_line(Path(self.args.output_dir) / "grounding.jsonl", step=self.state.global_step, **entry)
+        super().log(entry, *args, **kwargs)
 
 
 def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
           freeze_embeddings=True, bf16=False, tasks=TASKS, copies=1, seed=0, report_to="none", checkpoints=None, checkpoint_minutes=5.0):
     """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
 
-    Works alone and under `accelerate launch` or torchrun, where FSDP leaves the model in shards (see `gathered`); what report_to
-    writes goes to output_dir. checkpoints: a folder for them; what an earlier call left there is where this one goes on.
+    Works alone and under `accelerate launch` or torchrun, where FSDP leaves the model in shards (see `gathered`); its log is
+    output_dir/grounding.jsonl too, and what the trackers that report_to names make of it. checkpoints: a folder for them; what an
+    earlier call left there is where this one goes on.
     """
     if freeze_embeddings:  # what the LLM knows of words new to the data stays as it was
         model.get_input_embeddings().weight.requires_grad_(False)
     arguments = transformers.TrainingArguments(
         output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_examples, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
-        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", report_to=report_to, seed=seed, data_seed=seed,
-        remove_unused_columns=False, dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
+        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", seed=seed, data_seed=seed,
+        report_to=logs.check_trackers(report_to), project=logs.PROJECT, run_name="grounding", remove_unused_columns=False,
+        dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
     trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks, copies, seed),
                                data_collator=pack, new_learning_rate=new_learning_rate, checkpoints=checkpoints,
                                callbacks=[CheckpointByTime(Path(checkpoints), checkpoint_minutes)] if checkpoints else [])
     last = store.last_sealed(checkpoints, "checkpoint") if checkpoints else None
+    if not last:
+        (Path(output_dir) / "grounding.jsonl").unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer.state.log_history
 

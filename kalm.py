@@ -35,7 +35,8 @@ import env  # noqa: E402
 import ground  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
-from data import formats  # noqa: E402
+from data import account, card, formats, logs, sentences  # noqa: E402
+from data import config as config_file  # noqa: E402
 from data import llm as llm_source  # noqa: E402
 from data import report as report_page  # noqa: E402
 from data.manifest import check_files, keep_unfinished, note_stage, open_run, read_manifest  # noqa: E402
@@ -45,7 +46,7 @@ STAGES = ("collect", "ground", "imagine", "learn", "evaluate", "report")
 WRITES = {"collect": ("rollouts/real",), "ground": ("grounded",), "learn": ("policies",), "evaluate": ("results.json",),
           "imagine": ("rollouts/rephrase", "rollouts/easy", "rollouts/hard", "quality.json"), "report": ("report.html",)}
 READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
-         "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate")}
+         "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate"), "act": ("ground", "learn")}
 METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql", "iql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
 SCALES = ("smoke", "cpu", "gpu", "paper")
 RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
@@ -69,86 +70,93 @@ class Option:
 OPTIONS = (
     Option("train_goals", "collect", (40, 6000, 16000, 16000), "goal sentences in the offline data"),
     Option("rollouts_per_goal", "collect", (4, 6, 6, 6), "expert rollouts tried for each of them"),
-    Option("data", "collect", ("",), "rollouts to take instead of the expert's: a rollouts or Minari dataset folder, .npy or .npz"),
-    Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"),
-           "smollm2, tiny, a folder or a Hub name of a causal LM"),
-    Option("keep_layers", "ground", (0, 6, 0, 0), "first layers of the LLM to keep; 0 keeps all"),
-    Option("fresh_layers", "ground", (0,), "the last so many of them start from random weights, above the pre-trained ones"),
-    Option("random_weights", "ground", (0,), "1: forget the LLM's weights first, to see what pre-training is worth"),
-    Option("lora_rank", "ground", (0, 64, 0, 0), "tune LoRA adapters of this rank instead of all weights; 0: all weights"),
-    Option("adapter", "ground", ("", "released", "", ""),
-           "trained adapter to take instead of training: released (data/adapter, unless another option of ground is given or --stage "
-           "names ground), a folder (grounded/adapter of a run with LoRA), '' to train"),
-    Option("adapter_steps", "ground", (0,), "gradient steps to train the adapter on with"),
+    Option("data", "collect", ("",), "your rollouts instead of the expert's: dataset folder, .npy, .npz"),
+    Option("llm", "ground", ("tiny", "smollm2", "smollm2", "meta-llama/Llama-2-7b-chat-hf"), "smollm2, tiny, folder, .gguf, Hub name"),
+    Option("keep_layers", "ground", (0, 6, 0, 0), "first layers of the LLM to keep; 0: all"),
+    Option("fresh_layers", "ground", (0,), "so many of them, the last, start from random weights"),
+    Option("random_weights", "ground", (0,), "1: forget the LLM's pre-trained weights first"),
+    Option("lora_rank", "ground", (0, 64, 0, 0), "of the LoRA adapters to tune; 0: tune all weights"),
+    Option("adapter", "ground", ("", "released", "", ""), "trained one to take: released (data/adapter) or a folder; '': train"),
+    Option("adapter_steps", "ground", (0,), "gradient steps to train that adapter on"),
     Option("tasks", "ground", (",".join(TASKS),), "grounding tasks, with commas between"),
-    Option("renamed_copies", "ground", (1,), "times that the data come in a pass of training, from the second on with the balls renamed"),
-    Option("ground_steps", "ground", (8, 3300, 6000, 40000), "gradient steps of grounding without an adapter"),
-    Option("batch_examples", "ground", (8, 32, 64, 24), "grounding examples a step and process"),
+    Option("renamed_copies", "ground", (1,), "times the data come in a pass; from the second on, balls are renamed"),
+    Option("ground_steps", "ground", (8, 3300, 6000, 40000), "gradient steps of training"),
+    Option("batch_examples", "ground", (8, 32, 64, 24), "examples a step and process"),
     Option("learning_rate", "ground", (1e-3, 6e-4, 6e-4, 2e-5), "of the LLM's own weights"),
-    Option("new_learning_rate", "ground", (1e-3, 1.5e-3, 1e-3, 1e-3), "of LoRA, and of state and action embeddings and heads"),
-    Option("embedding_scale", "ground", (7.0,), "start of the new embeddings, in units of the LLM's token embeddings"),
-    Option("report_to", "ground", ("none",), "tensorboard, wandb, ... as in transformers"),
-    Option("goals", "imagine", ("",), "file of novel goals, one JSON object a line, instead of the built-in ones"),
-    Option("split", "imagine", ("test",), "built-in novel goals: validation (to choose options) or test (to report)"),
+    Option("new_learning_rate", "ground", (1e-3, 1.5e-3, 1e-3, 1e-3), "of LoRA, embeddings and heads of states and actions"),
+    Option("embedding_scale", "ground", (7.0,), "size of new embeddings at the start; 1: as tokens'"),
+    Option("report_to", "ground", ("none",), "trackers of training here and in learn: tensorboard, wandb, trackio"),
+    Option("goals", "imagine", ("",), "file of your own novel goals, see data/README.md"),
+    Option("split", "imagine", ("test",), "of the built-in goals: validation (to choose) or test (to report)"),
     Option("novel_goals", "imagine", (6, 240, 480, 480), "novel goals a level"),
-    Option("starts_per_goal", "imagine", (2, 16, 20, 50), "starts to imagine from for each of them"),
-    Option("step_starts", "imagine", (2, 40, 40, 50), "the same for level easy, where a rollout is one action"),
-    Option("temperatures", "imagine", ("1,1.3", "1,1,1.2,1.2", "1,1,1.2,1.2", "1"),
-           "of sampled actions, one for each round; later rounds are for starts without a match"),
-    Option("candidates", "imagine", (3, 8, 8, 1), "actions to imagine at each step of the later rounds, of which the reward picks one"),
+    Option("starts_per_goal", "imagine", (2, 16, 20, 50), "starts to imagine from for each goal"),
+    Option("step_starts", "imagine", (2, 40, 40, 50), "the same at level easy"),
+    Option("temperatures", "imagine", ("1,1.3", "1,1,1.2,1.2", "1,1,1.2,1.2", "1"), "of sampling, one for each round of imagining"),
+    Option("candidates", "imagine", (3, 8, 8, 1), "actions to look ahead at in each step of later rounds"),
     Option("step_candidates", "imagine", (4, 40, 40, 1), "the same for goals of one action"),
-    Option("visited_share", "imagine", (0.5,),
-           "of imagined rollouts that start in a state the data visited for another goal (counterfactual), not a new one"),
-    Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined, as --keep explained, both and "
-           "--dynamics_tolerance need"),
+    Option("visited_share", "imagine", (0.5,), "of rollouts that start in a state of the data, not a new one"),
+    Option("self_check", "imagine", (1, 0, 1, 1), "1: the model explains and checks what it imagined"),
     Option("max_steps", "imagine", (4, 20, 50, 50), "actions in an imagined rollout at most"),
-    Option("keep", "learn", ("all", "matched", "matched", "matched"),
-           "imagined rollouts: matched (goal met), explained (own words fit the goal), both, all"),
-    Option("kept_per_goal", "learn", (0,), "at most so many imagined rollouts of a goal; 0: all that are kept"),
-    Option("dynamics_tolerance", "learn", (0.0,),
-           "drop imagined transitions that the dynamics prediction contradicts by more (m); 0: none"),
-    Option("balance_goals", "learn", (1,), "1: draw imaginary batches goal by goal; 0: transition by transition"),
-    Option("encoder", "learn", ("llm",), "goal encoder: llm (the base LLM) or the name of a transformers model"),
-    Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM that encode goals; 0: all"),
+    Option("keep", "learn", ("all", "matched", "matched", "matched"), "imagined ones: matched (judge), explained (own words), both, all"),
+    Option("kept_per_goal", "learn", (0,), "at most so many of a goal; 0: all"),
+    Option("dynamics_tolerance", "learn", (0.0,), "drop transitions that self_check finds further off (m); 0: none"),
+    Option("balance_goals", "learn", (1,), "1: draw imaginary batches by goal; 0: by transition"),
+    Option("encoder", "learn", ("llm",), "of goals: llm (the base LLM), or a transformers model"),
+    Option("encoder_layers", "learn", (0, 4, 4, 4), "first layers of the base LLM to use; 0: all"),
     Option("rl_steps", "learn", (60, 16000, 30000, 500000), "gradient steps of offline RL"),
     Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
     Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m and "iql" not in m),),
-           f"what to learn and evaluate, with commas between, of {', '.join(METHODS)}"),
+           "to learn and evaluate; bc, cql, iql with +relabel, +kalm, +both; llm"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
     Option("export", "report", ("none",), "real and imagined rollouts for others, in export/: npz, minari (needs h5py) or both"),
 )
+TYPES = {"stage": list, "goal": str, "output_dir": str, "scale": str, "seed": int, "checkpoint_minutes": float,
+         **{o.name: type(o.values[0]) for o in OPTIONS}}
 
 
 def parse_options(arguments):
-    """The options of a command line, every default filled in from its scale. Raises ValueError for a bad value."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s [options]",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stage", nargs="+", default=["all"], help=f"one or more of {', '.join(STAGES)}; or all")
-    parser.add_argument("--output_dir", default="runs/kalm", help="the run's folder")
-    parser.add_argument("--scale", default="gpu" if torch.cuda.is_available() else "cpu",
-                        help=f"one dial for all sizes: {', '.join(SCALES)}")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--force", action="store_true", help="redo the stages even if nothing changed")
-    parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="between checkpoints of ground and learn; 0: each step")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    """The options of a command line, then of its config file, then the defaults of its scale. Raises ValueError for a bad one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, usage="%(prog)s [options]", add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 25, min(max(shutil.get_terminal_size().columns, 80), 120)))
+    parser.error = refuse_arguments
+    add = parser.add_argument_group("the run").add_argument
+    add("--stage", nargs="+", default=["all"], metavar="", help=f"one or more of {', '.join(STAGES)}; all of these (default); or act")
+    add("--goal", metavar="", help="for --stage act: a sentence to act on in the environment, once")
+    add("--output_dir", "--run", default="runs/kalm", metavar="", help="the run's folder (runs/kalm)")
+    add("--config", metavar="", help="YAML or JSON file of options, as a run's config.yaml; the command line wins")
+    add("--scale", default="gpu" if torch.cuda.is_available() else "cpu", metavar="", help="one dial: smoke, cpu, gpu, paper (gpu, or cpu)")
+    add("--seed", type=int, default=0, metavar="", help="of everything random (0)")
+    add("--checkpoint_minutes", type=float, default=5.0, metavar="", help="between checkpoints of ground and learn; 0: each step (5)")
+    for flag, does in (("dry_run", "print the plan, write nothing"), ("force", "redo the stages even if nothing changed"),
+                       ("debug", "show the traceback of an error")):
+        add(f"--{flag}", action="store_true", help=does)
+    add("--help", action="help", help="show this")
     for stage in STAGES:
         group = [o for o in OPTIONS if o.stage == stage]
         section = parser.add_argument_group(f"{stage} (defaults: {' / '.join(SCALES)})") if group else None
         for option in group:
             section.add_argument(f"--{option.name}", type=type(option.values[0]), default=argparse.SUPPRESS, metavar="",
-                                 help=f"{option.help} ({' / '.join(str(v) for v in option.values)})")
-    parser.error = refuse_arguments
-    options = parser.parse_args(arguments)
+                                 help=f"{option.help} ({'/'.join(map(str, option.values))})")
+    options, odd = parser.parse_known_args(arguments)
+    if odd:
+        raise ValueError(f"unknown option {odd[0]}{config_file.did_you_mean(odd[0], (*TYPES, 'run', 'dry_run', 'config'))}")
+    named_methods, of_run = hasattr(options, "methods"), Path(options.output_dir) / "config.yaml"
+    if options.config or options.stage == ["act"] and of_run.is_file():
+        options = parser.parse_args(arguments, argparse.Namespace(**config_file.read(options.config or of_run, TYPES)))
+    options.methods_to_act = options.methods.split(",") if named_methods else []
     if options.scale not in SCALES:
         raise ValueError(f"unknown scale {options.scale!r}; scales are {', '.join(SCALES)}")
-    unknown = [s for s in options.stage if s not in (*STAGES, "all")]
+    unknown = [s for s in options.stage if s not in (*STAGES, "all", "act")]
     if unknown:
-        raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, or all")
+        raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, all, or act")
+    if (options.goal is None) == ("act" in options.stage):
+        raise ValueError('--stage act takes a --goal in words, no other stage does: --stage act --goal "put red left of blue"')
     given = {o.stage for o in OPTIONS if hasattr(options, o.name)}
     options.adapter_is_settled = "ground" in given or "ground" in options.stage
     if options.adapter_is_settled and not hasattr(options, "adapter"):
@@ -188,8 +196,9 @@ def parse_options(arguments):
         temperatures = [-1]
     if not all(0 <= t < float("inf") for t in temperatures):
         raise ValueError(f"--temperatures takes numbers from 0 on with commas between, got {options.temperatures!r}")
-    options.stages = [s for s in STAGES if "all" in options.stage or s in options.stage]
-    options.run = Path(options.output_dir)
+    logs.check_trackers(options.report_to)
+    options.stages = [s for s in (*STAGES, "act") if s in options.stage or "all" in options.stage and s != "act"]
+    options.run, options.start_seed = Path(options.output_dir), options.seed
     return options
 
 
@@ -198,7 +207,7 @@ def refuse_arguments(message):
 
 
 CHOICES = {"split": ("validation", "test"), "keep": ("matched", "explained", "both", "all"), "tasks": TASKS,
-           "methods": METHODS, "export": ("none", "npz", "minari")}
+           "methods": METHODS, "export": ("none", "npz", "minari"), "report_to": logs.TRACKERS}
 SWITCHES = ("random_weights", "self_check", "balance_goals")
 MAY_BE_ZERO = ("keep_layers", "fresh_layers", "lora_rank", "adapter_steps", "encoder_layers", "kept_per_goal", *SWITCHES)
 
@@ -218,6 +227,9 @@ def check_run_folder(options):
             if needed not in options.stages and needed not in done:
                 raise ValueError(f"stage {stage!r} reads what stage {needed!r} writes, and {run} has none; "
                                  f"run `--stage {needed}` first")
+    if options.stages == ["act"]:
+        options.seed = done["learn"]["options"]["seed"]  # --seed chooses the start alone
+        options.methods = done["learn"]["options"]["methods"]
     for stage in sorted({s for stage in options.stages for s in follows_from(stage)} - set(options.stages), key=STAGES.index):
         given = stage_options(stage, options)
         for name, value in done.get(stage, {"options": {}})["options"].items():
@@ -347,6 +359,7 @@ def ground_llm(options, state):
             model.save_adapter(aside / "adapter")
             store.write_json(aside / "adapter" / "metrics.json", metrics)
         store.write_json(aside / "metrics.json", metrics)
+        card.write(aside, metrics, options, model.config, (len(records), len(held_out)))
 
 
 def adapter_folder(options):
@@ -418,7 +431,7 @@ def imagine_level(options, state, model, tokenizer, level, goals, visited, seed,
             part = rollout.generate_all(
                 model, tokenizer, [goals[i] for i in mine], starts[mine], temperature=temperature, max_steps=options.max_steps,
                 candidates=candidates[mine] if number else 1, seed=draws + state.process_index, description=f"imagine {level}")
-            if options.self_check:
+            if options.self_check or any(goal.kind == "unknown" for goal in goals):
                 for record, text, error in zip(part, rollout.explain(model, tokenizer, part), rollout.dynamics_error(model, tokenizer, part)):
                     record.update(explanation=text, dynamics_error=error)
             part = [r for _, r in sorted(gather_object(list(zip(mine, part))), key=lambda pair: pair[0])]
@@ -426,22 +439,26 @@ def imagine_level(options, state, model, tokenizer, level, goals, visited, seed,
                 rollout.write_rollouts(kept, part)
                 store.seal(kept)
         rounds.append(part)
-        rows = rows[[not r["success"] for r in part]]
+        rows = rows[[not is_wanted(r, "matched") for r in part]]
         if len(rows) == 0:
             break
     return rounds
 
 
+def is_wanted(record, keep):
+    """Whether --keep keeps an imagined rollout; for a goal without a judge its explanation decides, whatever --keep says."""
+    keep = "explained" if record.get("kind") == "unknown" else keep
+    return (keep in ("all", "explained") or record["success"]) and (keep in ("all", "matched") or rollout.explanation_fits(record))
+
+
 def imagined_rollouts(options):
     """{level: (all imagined rollouts, those that --keep keeps)} of a run."""
-    tests = {"matched": lambda r: r["success"], "explained": lambda r: not env.contradicts(r["goal"], r["explanation"]),
-             "both": lambda r: r["success"] and not env.contradicts(r["goal"], r["explanation"]), "all": lambda r: True}
     found = {}
     for level in env.NOVEL_LEVELS:
         if (options.run / "rollouts" / level).is_dir():
             records = rollout.read_rollouts(options.run / "rollouts" / level)
             kept, count = [], collections.Counter()
-            for r in filter(tests[options.keep], records):
+            for r in (r for r in records if is_wanted(r, options.keep)):
                 count[r["goal"]] += 1
                 if not options.kept_per_goal or count[r["goal"]] <= options.kept_per_goal:
                     kept.append(r)
@@ -473,8 +490,10 @@ def learn(options, state):
         extra = [rl.Buffer(rows, table, state.device, balanced=bool(options.balance_goals), dynamics_tolerance=options.dynamics_tolerance)
                  for rows in sources[source].values() if rows]
         extra = [imaginary for imaginary in extra if len(imaginary)]
+        log = logs.Curve(options.run / "logs", f"rl_{method}", options.report_to)
         network, curve = rl.learn(algorithm, buffer, extra, table.table, [options.seed + s for s in seeds], config, description=method,
-                                  snapshots=options.work, snapshot_minutes=options.checkpoint_minutes)
+                                  snapshots=options.work, snapshot_minutes=options.checkpoint_minutes, log=log.log)
+        log.finish()
         rl.save_policy(options.work / f"{method}.safetensors", network, seeds, method, config)
         curves.append((method, curve))
     curves = dict(gather_object(curves))
@@ -497,6 +516,17 @@ def load_encoder(options, state):
             transformers.AutoTokenizer.from_pretrained(options.encoder))
 
 
+def play(options, state, method, seed_index, goals, starts, table, model, tokenizer):
+    """Episodes of a method in the environment, one a goal and start: rollout records."""
+    if method == "llm":
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
+            return rollout.generate_all(model, tokenizer, goals, env.observe(starts), states=starts,
+                                        max_steps=options.episode_steps, description="the LLM as policy")
+    network, _ = rl.load_policy(options.run / "policies" / f"{method}.safetensors")
+    policy = rl.policy_of(network, seed_index, table.table, table.rows([g.text for g in goals]))
+    return env.run_episodes(policy, goals, starts, options.episode_steps, f"evaluate {method}" if len(goals) > 1 else None)
+
+
 def evaluate(options, state):
     """Success rates of every policy, and of the LLM as policy, on all levels -> results.json."""
     table = rl.GoalTable.load(options.run / "policies" / "goals.safetensors")
@@ -504,6 +534,7 @@ def evaluate(options, state):
     rng = np.random.default_rng([options.seed, 5])
     trained = list({r["goal"]: env.goal_of(r) for r in split_real(options)[0]}.values())
     goals = {"offline": [trained[i] for i in rng.permutation(len(trained))[:options.episodes]], **novel_goals(options)}
+    goals = {level: judged for level, some in goals.items() if (judged := [g for g in some if g.kind != "unknown"])}
     episodes = [g for level in goals.values() for g in (level * -(-options.episodes // len(level)))[:options.episodes]]
     levels = np.repeat(list(goals), options.episodes)
     starts = {s: env.unfulfilled_states(np.random.default_rng([options.seed, 7, s]), episodes) for s in range(options.seeds)}
@@ -511,15 +542,7 @@ def evaluate(options, state):
     jobs = [(method, s) for method in methods for s in range(options.seeds if method != "llm" else 1)]
     scores = []
     for method, s in jobs[state.process_index::state.num_processes]:
-        if method == "llm":
-            with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
-                records = rollout.generate_all(model, tokenizer, episodes, env.observe(starts[s]), states=starts[s],
-                                               max_steps=options.episode_steps, description="the LLM as policy")
-        else:
-            network, _ = rl.load_policy(options.run / "policies" / f"{method}.safetensors")
-            act = rl.policy_of(network, s, table.table, table.rows([g.text for g in episodes]))
-            records = env.run_episodes(act, episodes, starts[s], options.episode_steps, f"evaluate {method}")
-        won = np.array([r["success"] for r in records])
+        won = np.array([r["success"] for r in play(options, state, method, s, episodes, starts[s], table, model, tokenizer)])
         scores.append((method, s, {level: float(won[levels == level].mean()) for level in goals}))
     scores = gather_object(scores)
     if not state.is_main_process:
@@ -536,6 +559,24 @@ def evaluate(options, state):
         "success": success, "quality": json.loads((options.run / "quality.json").read_text(encoding="utf-8")),
         "grounding": {k: v for k, v in metrics.items() if k != "log"},
         "time_s": {}, "config": {"seed": options.seed, "scale": options.scale, **{o.name: getattr(options, o.name) for o in OPTIONS}}})
+
+
+def act(options, state):
+    """One try at --goal in the environment by each of --methods, or the best policy and the LLM -> act/*.gif, words on the terminal."""
+    if not state.is_main_process:
+        return
+    known = {g.text: g for level in novel_goals(options).values() for g in level}
+    goal = known.get(options.goal) or sentences.goal_of_text(options.goal)
+    print(f'  goal: "{goal.text}"\n  judge: {account.judge_of(goal, goal.text in known)}')
+    table = rl.GoalTable.load(options.run / "policies" / "goals.safetensors")
+    if goal.text not in table.index:
+        table = table.with_text(goal.text, *load_encoder(options, state))
+    model, tokenizer = load_grounded(options, state)
+    start = env.unfulfilled_states(np.random.default_rng([options.start_seed, 8]), [goal])
+    for method in account.actors(options.run, METHODS, options.methods_to_act):
+        record, = play(options, state, method, 0, [goal], start, table, model, tokenizer)
+        record["explanation"], = rollout.explain(model, tokenizer, [record])
+        print(account.write(options.run, goal, method, record, rollout.explanation_fits(record), options.start_seed))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -557,7 +598,7 @@ def report(options, state):
 # ------------------------------------------------------------------------------------------------------------------
 # The command
 
-RUN_STAGE = dict(zip(STAGES, (collect, ground_llm, imagine, learn, evaluate, report)))
+RUN_STAGE = {**dict(zip(STAGES, (collect, ground_llm, imagine, learn, evaluate, report))), "act": act}
 
 
 def print_plan(options, todo):
@@ -572,7 +613,7 @@ def print_plan(options, todo):
         "ground": 20 + (options.adapter_steps if options.adapter else options.ground_steps) * options.batch_examples / 32 * 0.9 * layers,
         "imagine": actions * 0.0016 * layers + options.self_check * rollouts * 0.02 * layers,
         "learn": options.rl_steps * options.rl_batch / 256 * options.seeds / 3 * 0.01 * policies,
-        "evaluate": options.episodes * (options.seeds * 0.037 * policies + 0.15 * layers), "report": 10}
+        "evaluate": options.episodes * (options.seeds * 0.037 * policies + 0.15 * layers), "report": 10, "act": 20}
     print(f"KALM, scale {options.scale}, {options.llm} -> {options.run}")
     for stage in options.stages:
         sizes = ", ".join(f"{o.name} {getattr(options, o.name)}" for o in OPTIONS if o.stage == stage and getattr(options, o.name) != "")
@@ -595,14 +636,15 @@ def main(arguments=None):
             formats.read_offline(options.data, options.seed)
         if "minari" in options.export:
             formats.hdf5()
-        options.llm_path = llm_source.resolve(options.llm)
-        llm_source.check_layers(options.llm_path, options.keep_layers, "--keep_layers")
-        llm_source.check_layers(options.llm_path, options.fresh_layers, "--fresh_layers", options.keep_layers)
-        llm_source.check_layers(options.llm_path, options.encoder_layers, "--encoder_layers")
-        if options.encoder != "llm":
-            llm_source.resolve(options.encoder, "--encoder")
+        if not (options.dry_run and llm_source.must_be_fetched(options.llm)):
+            options.llm_path = llm_source.resolve(options.llm)
+            llm_source.check_layers(options.llm_path, options.keep_layers, "--keep_layers")
+            llm_source.check_layers(options.llm_path, options.fresh_layers, "--fresh_layers", options.keep_layers)
+            llm_source.check_layers(options.llm_path, options.encoder_layers, "--encoder_layers")
+            if options.encoder != "llm":
+                llm_source.resolve(options.encoder, "--encoder")
         state = PartialState(cpu=not torch.cuda.is_available())
-        with store.locked(options.run, state.is_main_process):
+        with store.locked(options.run, state.is_main_process and not options.dry_run):
             run_stages(options, state)
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
@@ -621,7 +663,7 @@ def bytes_to_write(stage, options):
 
 def run_stages(options, state):
     options.bf16 = options.llm != "tiny" and bf16_is_fast()
-    if state.is_main_process:
+    if state.is_main_process and not options.dry_run:
         open_run(options.run)
     state.wait_for_everyone()
     manifest, todo, upstream = read_manifest(options.run), [], set()
@@ -630,9 +672,10 @@ def run_stages(options, state):
         if options.force or upstream & set(READS[stage]) or not record or record["fingerprint"] != fingerprint(stage, options, manifest):
             todo.append(stage)
             upstream.add(stage)
-    state.wait_for_everyone()  # all processes have read the manifest before the first stage changes it
     if state.is_main_process:
         print_plan(options, todo)
+    if options.dry_run:
+        return
     for number, stage in enumerate(todo):
         started, manifest = time.time(), read_manifest(options.run)
         options.work = options.run / "unfinished" / f"{stage}-{fingerprint(stage, options, manifest)}"
@@ -645,7 +688,7 @@ def run_stages(options, state):
         with store.room_for(bytes_to_write(stage, options), options.run, f"stage {stage!r}"):
             RUN_STAGE[stage](options, state)
             state.wait_for_everyone()
-            if state.is_main_process:
+            if state.is_main_process and stage in STAGES:
                 finish_stage(stage, options, manifest, time.time() - started)
         if state.is_main_process:
             print(f"{stage} took {time.time() - started:.0f} s", flush=True)
@@ -664,6 +707,8 @@ def finish_stage(stage, options, manifest, seconds):
         results = json.loads(path.read_text(encoding="utf-8"))
         store.write_json(path, {**results, "time_s": {s: done[s]["time_s"] for s in STAGES if s in done and s != "report"}})
     note_stage(options.run, manifest, stage, record, WRITES[stage])
+    config_file.remember(options, OPTIONS, [s for s in STAGES if s in manifest["stages"]])
+    logs.write_line(options.run / "logs" / "stages.jsonl", stage=stage, time_s=record["time_s"])
 
 
 def bf16_is_fast():

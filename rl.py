@@ -48,10 +48,13 @@ def encode_texts(texts, model, tokenizer, batch_size=128):
 
 
 class GoalTable:
-    """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` a text's row."""
+    """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` a text's row.
 
-    def __init__(self, texts, table):
-        self.index, self.table = {text: row for row, text in enumerate(texts)}, table
+    scale: (2, hidden), the mean and deviation that standardised them, for `with_text`.
+    """
+
+    def __init__(self, texts, table, scale=None):
+        self.index, self.table, self.scale = {text: row for row, text in enumerate(texts)}, table, scale
 
     @classmethod
     def encode(cls, training_texts, novel_texts, model, tokenizer):
@@ -59,7 +62,15 @@ class GoalTable:
         texts = list(dict.fromkeys([*training_texts, *novel_texts]))
         encodings = encode_texts(texts, model, tokenizer)
         known = encodings[:len(set(training_texts))]
-        return cls(texts, (encodings - known.mean(0)) / (known.std(0) + 1e-6))
+        scale = torch.stack([known.mean(0), known.std(0) + 1e-6])
+        return cls(texts, (encodings - scale[0]) / scale[1], scale)
+
+    def with_text(self, text, model, tokenizer):
+        """The table with one more text, encoded by the model that encoded the others. Raises ValueError without `scale`."""
+        if self.scale is None:
+            raise ValueError("these policies do not say how goal texts were standardised; learn them again (--stage learn --force)")
+        encoding = (encode_texts([text], model, tokenizer) - self.scale[0]) / self.scale[1]
+        return GoalTable([*self.index, text], torch.cat([self.table, encoding]), self.scale)
 
     def rows(self, texts):
         """Rows of the table for texts: (len(texts),) int64."""
@@ -67,12 +78,14 @@ class GoalTable:
 
     def save(self, path):
         """A safetensors file; the texts are its metadata, as JSON."""
-        save_file({"table": self.table.cpu().contiguous()}, str(path), {"texts": json.dumps(list(self.index))})
+        tensors = {k: v.cpu().contiguous() for k, v in (("table", self.table), ("scale", self.scale)) if v is not None}
+        save_file(tensors, str(path), {"texts": json.dumps(list(self.index))})
 
     @classmethod
     def load(cls, path):
         with safe_open(str(path), "pt") as file:
-            return cls(json.loads(file.metadata()["texts"]), file.get_tensor("table"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return cls(json.loads(file.metadata()["texts"]), **tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -237,10 +250,12 @@ def clip_gradients(networks, largest):
     return norm
 
 
-def learn(algorithm, real, imaginary, table, seeds, config, description="", snapshots=None, snapshot_minutes=5.0):
+def learn(algorithm, real, imaginary, table, seeds, config, description="", snapshots=None, snapshot_minutes=5.0,
+          log=None):
     """Train one policy a seed, all at once. algorithm: "bc", "cql" or "iql"; real: Buffer; imaginary: list of Buffers.
 
     table: (goals, hidden) encodings. snapshots: a folder for them; what an earlier call left there is where this one goes on.
+    log: called with (step, loss) a hundred times.
     Returns the trained SeededMLP and its learning curve, a list of (step, loss, gradient norm). Raises FloatingPointError.
     """
     device = real.action.device
@@ -296,6 +311,8 @@ def learn(algorithm, real, imaginary, table, seeds, config, description="", snap
                 torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), config.target_update)
         if step % max(1, config.steps // 100) == 0:
             curve.append((step, loss.mean().item(), norm.max().item()))
+            if log:
+                log(*curve[-1][:2])
         if snapshots and (step + 1 == config.steps or time.monotonic() - saved >= 60 * snapshot_minutes):
             checkpoint.save_training(Path(snapshots) / f"{name}-{step + 1}", *training, curve)
             saved = time.monotonic()

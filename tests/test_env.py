@@ -146,7 +146,7 @@ def goals_of_kind(kind, rng, n):
 
 
 @pytest.mark.parametrize("imagined", (False, True))
-@pytest.mark.parametrize("kind", env.KINDS)
+@pytest.mark.parametrize("kind", env.KINDS[:-1])
 def test_success_agrees_with_plain_trigonometry(kind, imagined):
     rng, n = np.random.default_rng(3), 3000
     goals, action = goals_of_kind(kind, rng, 60) * 50, rng.integers(40, size=n)
@@ -191,7 +191,7 @@ def test_relation_reward_is_ten_times_the_approach_to_the_point_beside_the_other
     assert env.reward(goal, obs, nexts, np.array([0])) == 100
 
 
-@pytest.mark.parametrize("kind", env.KINDS)
+@pytest.mark.parametrize("kind", env.KINDS[:-1])
 def test_rewards_telescope_until_success(kind):
     rng = np.random.default_rng(4)
     checked = 0
@@ -212,7 +212,7 @@ PATTERNS = env.goal_patterns()["patterns"]
 def test_goals_survive_json():
     rng = np.random.default_rng(5)
     goals = [g for level, split in {(p["level"], p["split"]) for p in PATTERNS} for g in env.sample_goals(level, split, 50, rng)]
-    assert {g.kind for g in goals} == set(env.KINDS)
+    assert {g.kind for g in goals} == set(env.KINDS) - {"unknown"}
     assert [Goal.from_json(json.loads(json.dumps(g.to_json()))) for g in goals] == goals
 
 

