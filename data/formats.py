@@ -20,8 +20,7 @@ import datasets
 import numpy as np
 
 import env
-import rollout
-from data import pickled
+from data import pickled, rollouts
 
 LARGEST = 8 * 2 ** 30   # bytes of arrays that are read from one file
 LEAST = 3               # rollouts: two are held out, one is learned from
@@ -123,7 +122,7 @@ def judged(recording):
         record["dynamics_error"] = numbers("dynamics_error", recording["dynamics_error"], (steps,)).astype(np.float32)
     if recording.get("explanation") is not None:
         record["explanation"] = str(recording["explanation"])
-    rollout.check_record(record)
+    rollouts.check_record(record)
     contradicted = False
     if recording.get("rewards") is not None:
         recorded = numbers("rewards", recording["rewards"], (steps,))
@@ -199,7 +198,7 @@ def goal_of_fields(text, level="offline", kind="relation", relations=None):
 
 def own_recordings(path):
     """Rows of a rollouts dataset folder, with their states."""
-    for record, states in zip(rollout.read_rollouts(path), own_states(path), strict=True):
+    for record, states in zip(rollouts.read_rollouts(path), own_states(path), strict=True):
         yield {**record, "goal": env.goal_of(record), "states": states, "imagined": record["level"] != "offline"}
 
 

@@ -19,6 +19,7 @@ import env
 import kalm
 import rollout
 from data import formats, pickled
+from data.rollouts import FEATURES
 
 AUTHORS = ROOT.parent / "shared" / "reference" / "clevr_robot_40.npy"
 needs_recording = pytest.mark.skipif(not AUTHORS.is_file(), reason="the authors' recordings are not here")
@@ -68,7 +69,7 @@ def assert_same(read, written):
     """Records are equal in every field that either has."""
     assert len(read) == len(written)
     for ours, theirs in zip(read, written):
-        for field in rollout.FEATURES:
+        for field in FEATURES:
             a, b = ours.get(field), theirs.get(field)
             assert (a is None) == (b is None), field
             if a is not None:

@@ -8,6 +8,7 @@ from test_model import TINY_LLMS, tiny_model
 import env
 import rollout
 from data import llm
+from data.rollouts import FEATURES, OPTIONAL
 from env import Goal
 from ground import PROMPTS
 from model import ACTION, STATE, TEXT
@@ -277,7 +278,7 @@ DAMAGE = {  # what happens to row 2; what the message names
 
 
 def plain_rows(records):
-    keys = [k for k in rollout.FEATURES if k not in rollout.OPTIONAL]
+    keys = [k for k in FEATURES if k not in OPTIONAL]
     return [{k: np.array(r[k]).tolist() if k in ("observations", "actions", "rewards") else r[k] for k in keys} for r in records]
 
 
