@@ -82,6 +82,10 @@ def load(folder, name, file):
 
 
 def table(header, rows):
+    """A table in Markdown; without rows, a sentence that says so."""
+    rows = list(rows)
+    if not rows:
+        return "*These runs have not been made for this page; `python docs/results.py` makes them. What earlier ones showed is in the log.*"
     return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)])
 
 
@@ -148,13 +152,13 @@ def page(folder, target=ROOT):
             "match": "match", "executed": "succeed when their actions are played in the physics",
             "executed_of_matched": "the same, of those that match", "action_match": "action alone matches",
             "off_table": "transitions off the table", "beyond_dynamics": "transitions beyond dynamics", "actions": "actions"})),
-        checks="" if not checks else table(["imagined rollouts", *LEVELS], quality_rows(checks, {
+        checks=table(["imagined rollouts", *LEVELS], [] if not checks else quality_rows(checks, {
             "match": "match", "explained": "own explanation fits the goal", "match_of_explained": "match, of those that fit",
             "dynamics_error": "contradiction to the dynamics prediction, m"})),
         explained=table(["asked with", "source", "target", "direction", "all three", "holds in the final state"], explained),
         grounding=", ".join(f"{k.replace('_', ' ')} {number(metrics[k])}" for k in (
             "action_accuracy", "state_error", "state_error_nothing_moves")),
-        counts="" if not brief else ", ".join(f"{v} {brief[v]['rollouts']:.0f}" for v in LEVELS),
+        counts="none" if not brief else ", ".join(f"{v} {brief[v]['rollouts']:.0f}" for v in LEVELS),
         ablation=table(["`bc+kalm`, validation goals", *LEVELS, "novel mean"], ablation_rows(folder, learn_names)),
         tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"],
                     grounding_rows(folder, ground_names)),
