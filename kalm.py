@@ -575,7 +575,8 @@ def act(options, state):
     start = env.unfulfilled_states(np.random.default_rng([options.start_seed, 8]), [goal])
     for method in account.actors(options.run, METHODS, options.methods_to_act):
         record, = play(options, state, method, 0, [goal], start, table, model, tokenizer)
-        record["explanation"], = rollout.explain(model, tokenizer, [record])
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
+            record["explanation"], = rollout.explain(model, tokenizer, [record])
         print(account.write(options.run, goal, method, record, rollout.explanation_fits(record), options.start_seed))
 
 
@@ -682,7 +683,8 @@ def run_stages(options, state):
         if state.is_main_process:
             print(f"{stage} ...", flush=True)
             check_files(options.run, manifest, set(READS[stage]) - set(todo[:number]))
-            keep_unfinished(options.work, anew=options.force)
+            if stage in STAGES:  # `act` has nothing to go on from, and leaves what others have
+                keep_unfinished(options.work, anew=options.force)
         state.wait_for_everyone()
         transformers.set_seed(options.seed)
         with store.room_for(bytes_to_write(stage, options), options.run, f"stage {stage!r}"):
