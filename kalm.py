@@ -113,7 +113,7 @@ OPTIONS = (
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
     Option("episode_steps", "evaluate", (10, env.MAX_STEPS, env.MAX_STEPS, env.MAX_STEPS), "actions in an episode at most"),
-    Option("export", "report", ("none",), "real and imagined rollouts for others, in export/: npz, minari (needs h5py) or both"),
+    Option("export", "report", ("none",), "rollouts in other formats: npz, minari or both"),
 )
 TYPES = {"stage": list, "goal": str, "output_dir": str, "scale": str, "seed": int, "checkpoint_minutes": float,
          **{o.name: type(o.values[0]) for o in OPTIONS}}
@@ -132,7 +132,7 @@ def parse_options(arguments):
     add("--config", metavar="", help="YAML or JSON file of options, as a run's config.yaml; the command line wins")
     add("--scale", default="gpu" if torch.cuda.is_available() else "cpu", metavar="", help="one dial: smoke, cpu, gpu, paper (gpu, or cpu)")
     add("--seed", type=int, default=0, metavar="", help="of everything random (0)")
-    add("--checkpoint_minutes", type=float, default=5.0, metavar="", help="between checkpoints of ground and learn; 0: each step (5)")
+    add("--checkpoint_minutes", type=float, default=5.0, metavar="", help="between checkpoints; 0: each step (5)")
     for flag, does in (("dry_run", "print the plan, write nothing"), ("force", "redo the stages even if nothing changed"),
                        ("debug", "show the traceback of an error")):
         add(f"--{flag}", action="store_true", help=does)

@@ -131,7 +131,7 @@ def test_a_gguf_file_is_a_language_model_that_knows_english():
 
 def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
     (tmp_path / "cat.gguf").write_text("a cat")
-    with pytest.raises(ValueError, match="cat.gguf: transformers cannot read"):
+    with pytest.raises(ValueError, match="cat.gguf: this GGUF file is not one"):
         llm.resolve(str(tmp_path / "cat.gguf"))
 
 

@@ -87,7 +87,10 @@ def test_exercise_3_without_its_prompt_a_rollout_does_not_depend_on_the_goal(cop
 
 def test_exercise_4_a_new_filter_keeps_what_it_should(copy):
     _, after = exercise(copy, 4, compare=False)
-    assert "; kalm rephrase 0, easy 24, hard 0" in after
+    imagined = {level: rollout.read_rollouts(copy / "runs" / "tour" / "rollouts" / level) for level in ("rephrase", "easy", "hard")}
+    brief = {level: sum(len(r["actions"]) == 1 for r in records) for level, records in imagined.items()}
+    assert brief["easy"] == len(imagined["easy"]) > brief["rephrase"] + brief["hard"]
+    assert "; kalm " + ", ".join(f"{level} {count}" for level, count in brief.items()) in after
     assert "imagine ..." not in after
 
 
