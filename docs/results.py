@@ -20,7 +20,7 @@ from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
 ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
 HALF = ["--starts_per_goal", "8", "--step_starts", "20", "--rl_steps", "8000"]
-BRIEF = ["--ground_steps", "320", "--keep_layers", "4", "--lora_rank", "0", *ONE_ROUND]
+BRIEF = ["--ground_steps", "240", "--keep_layers", "4", "--lora_rank", "0", *ONE_ROUND]
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
 RUNS = {  # name: (parent, options, stages)
@@ -57,7 +57,7 @@ def is_stale(folder, source, stages):
     return any(ours.get(n, {}).get("fingerprint") != theirs.get(n, {}).get("fingerprint") for n in needed)
 
 
-def run(name, folder):
+def run(name, folder, processes=1):
     """One run, from its parent's folder (hard links: every stage writes anew and renames)."""
     parent, _, stages = RUNS[name]
     source = folder.parent / str(parent).replace(" ", "_")
@@ -70,7 +70,8 @@ def run(name, folder):
         for path in ("results.json", "report.html"):
             (partial / path).unlink(missing_ok=True)
         partial.rename(folder)
-    subprocess.run([sys.executable, str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages, "--output_dir", str(folder)], check=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    subprocess.run([sys.executable, *launcher, str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages, "--output_dir", str(folder)], check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -170,10 +171,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results", help="where the run folders are")
     parser.add_argument("--only", nargs="*", choices=list(RUNS), metavar="NAME", help=f"some of: {'; '.join(RUNS)}")
+    parser.add_argument("--processes", type=int, default=1, help="how many share the work of each run")
     parser.add_argument("--write", action="store_true", help="write the page from finished runs, run nothing")
     options = parser.parse_args()
     for name in [] if options.write else options.only or RUNS:
-        run(name, options.runs / name.replace(" ", "_"))
+        run(name, options.runs / name.replace(" ", "_"), options.processes)
     page(options.runs)
 
 
