@@ -164,10 +164,11 @@ class SeededMLP(nn.Module):
     def __init__(self, seeds, sizes):
         super().__init__()
         self.shapes, parts = [shape for fans in zip(sizes[:-1], sizes[1:]) for shape in (fans, (1, fans[1]))], []
-        for layer, fan_in in enumerate(sizes[:-1]):  # torch.nn.Linear's start, with a generator of its own for each seed
-            draw, bound = [torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds], fan_in ** -0.5
-            parts += [torch.stack([torch.empty(math.prod(shape)).uniform_(-bound, bound, generator=g) for g in draw])
-                      for shape in self.shapes[2 * layer:2 * layer + 2]]
+        for layer, fan_in in enumerate(sizes[:-1]):
+            bound = fan_in ** -0.5  # torch.nn.Linear's start, with a generator of its own for each seed
+            draw = [torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds]
+            parts += [torch.stack([torch.empty(n).uniform_(-bound, bound, generator=g) for g in draw])
+                      for n in map(math.prod, self.shapes[2 * layer:2 * layer + 2])]
         self.flat = nn.Parameter(torch.cat(parts, 1))
 
     def parts(self, flat):
@@ -180,7 +181,7 @@ class SeededMLP(nn.Module):
     def forward(self, goals, *observations):
         """Outputs (seeds, batch, sizes[-1]) float32 for each of observations (seeds, batch, 10), which share their goals' encodings
         (seeds, batch, hidden): so they share most of the first layer's work. Products of matrices are in the inputs' precision."""
-        first, bias, *rest = self.parts(self.flat.to(goals.dtype))
+        first, bias, *rest = (part.contiguous() for part in self.parts(self.flat.to(goals.dtype)))  # bmm is slow on strided ones
         of_obs, of_goals = first.split([first.shape[1] - goals.shape[-1], goals.shape[-1]], 1)
         goal_part, outputs = torch.baddbmm(bias, goals, of_goals), []
         for obs in observations:
@@ -228,7 +229,7 @@ def bellman_loss(q, next_q, next_q_target, action, reward, done, discount):
 
 def conservative_loss(q, action):
     """Push Q down where no data is: E[logsumexp_a Q(s, a) - Q(s, a_data)] (Kumar et al., 2020, eq. 4). Returns (seeds,)."""
-    return (q.logsumexp(-1) - of_action(q, action)).mean(-1)
+    return -of_action(q.log_softmax(-1), action).mean(-1)  # log softmax is Q - logsumexp Q, in one operation
 
 
 def expectile_loss(error, expectile):

@@ -10,7 +10,7 @@ def check(what, numbers, rows=(), axes=("batch row",), about=None):
     what: was going on, with its step. rows: tensors whose first axes are `axes`; the first row that has such a value is named, and
     about(*index) can say more of it.
     """
-    if math.isfinite(sum(x.sum() for x in numbers.values())):  # one look at each step
+    if math.isfinite(sum(x.detach().sum() for x in numbers.values())):  # one look at each step
         return
     odd = [f"{name} is {x.flatten()[~x.isfinite().flatten()][0].item()}" for name, x in numbers.items() if not x.isfinite().all()]
     if odd:
