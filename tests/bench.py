@@ -29,6 +29,7 @@ import kalm  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import llm as llm_source  # noqa: E402
+from data import store  # noqa: E402
 from model import ACTION, STATE, KalmForRollouts, segment_mask  # noqa: E402
 
 CORES = env.available_threads()
@@ -442,7 +443,7 @@ def main():
                 print(f"| {name} | {', '.join(f'{n:,}' for n in sizes)} | {', '.join(f'{t:.3g}' for t in times)} | "
                       f"{found['rows'][name]['exponent']:.2f} |", flush=True)
         if options.json:
-            ground.write_json(options.json, found)
+            store.write_json(options.json, found)
         return
     print(f"{found['machine']}, {found['date']}\n\n| what | ms | beside | ms | ratio | at most | |\n" + "| --- " * 7 + "|")
     for name, (function, beside, limit) in ROWS.items():
@@ -456,7 +457,7 @@ def main():
             found["rows"][f"peak memory, {stage}"] = {"bytes": peak, "limit": MEMORY_LIMIT}
             print(f"| peak memory, {stage} | {peak / 2 ** 30:.2f} GiB | | | | 4 GiB | {'met' if peak <= MEMORY_LIMIT else 'NOT MET'} |")
     if options.json:
-        ground.write_json(options.json, found)
+        store.write_json(options.json, found)
 
 
 if __name__ == "__main__":
