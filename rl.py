@@ -6,6 +6,7 @@ a leading batch dimension.
 This file knows no grounded model: rollouts come in as records, wherever they are from.
 """
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,30 +155,41 @@ def sample_batch(real, imaginary, size, seeds, imaginary_share, generator):
 # Networks and losses
 
 class SeededMLP(nn.Module):
-    """One MLP a seed, evaluated together: (seeds, batch, sizes[0]) -> (seeds, batch, sizes[-1]), ReLU between.
+    """One MLP a seed, evaluated together, ReLU between layers.
 
-    The last inputs, the goal's encoding, can be given as what they add to the first layer: a state and the one after it
-    share that, and it is most of the work.
+    flat: all numbers, (seeds, numbers) float32, layer by layer a weight (fan in, fan out) and a bias: gradient norms, AdamW and
+    Polyak updates are one operation each. weights, biases: its parts, (seeds, fan in, fan out) and (seeds, 1, fan out).
     """
 
     def __init__(self, seeds, sizes):
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        self.shapes, parts = [shape for fans in zip(sizes[:-1], sizes[1:]) for shape in (fans, (1, fans[1]))], []
+        for layer, fan_in in enumerate(sizes[:-1]):
             bound = fan_in ** -0.5  # torch.nn.Linear's start, with a generator of its own for each seed
-            draw = [torch.Generator().manual_seed(1000 * seed + len(self.weights)) for seed in seeds]
-            self.weights.append(torch.stack([torch.empty(fan_in, fan_out).uniform_(-bound, bound, generator=g) for g in draw]))
-            self.biases.append(torch.stack([torch.empty(1, fan_out).uniform_(-bound, bound, generator=g) for g in draw]))
+            draw = [torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds]
+            parts += [torch.stack([torch.empty(n).uniform_(-bound, bound, generator=g) for g in draw])
+                      for n in map(math.prod, self.shapes[2 * layer:2 * layer + 2])]
+        self.flat = nn.Parameter(torch.cat(parts, 1))
 
-    def goal_part(self, goals):
-        """What goal encodings (seeds, batch, hidden), the last inputs, add to the first layer, with its bias."""
-        return torch.baddbmm(self.biases[0], goals, self.weights[0][:, -goals.shape[-1]:])
+    def parts(self, flat):
+        """Views of numbers that lie as `flat` does, layer by layer: weight, bias, weight, ..."""
+        return [part.unflatten(1, shape) for part, shape in zip(flat.split([math.prod(s) for s in self.shapes], 1), self.shapes)]
 
-    def forward(self, x, goal_part=None):
-        x = torch.baddbmm(self.biases[0] if goal_part is None else goal_part, x, self.weights[0][:, :x.shape[-1]])
-        for weight, bias in zip(self.weights[1:], self.biases[1:]):
-            x = torch.baddbmm(bias, F.relu(x), weight)
-        return x
+    weights = property(lambda self: self.parts(self.flat)[::2])
+    biases = property(lambda self: self.parts(self.flat)[1::2])
+
+    def forward(self, goals, *observations):
+        """Outputs (seeds, batch, sizes[-1]) float32 for each of observations (seeds, batch, 10), which share their goals' encodings
+        (seeds, batch, hidden): so they share most of the first layer's work. Products of matrices are in the inputs' precision."""
+        first, bias, *rest = (part.contiguous() for part in self.parts(self.flat.to(goals.dtype)))  # bmm is slow on strided ones
+        of_obs, of_goals = first.split([first.shape[1] - goals.shape[-1], goals.shape[-1]], 1)
+        goal_part, outputs = torch.baddbmm(bias, goals, of_goals), []
+        for obs in observations:
+            x = torch.baddbmm(goal_part, obs, of_obs)
+            for weight, bias in zip(rest[::2], rest[1::2]):
+                x = torch.baddbmm(bias, F.relu(x), weight)
+            outputs.append(x.float())
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,7 @@ def bellman_loss(q, next_q, next_q_target, action, reward, done, discount):
 
 def conservative_loss(q, action):
     """Push Q down where no data is: E[logsumexp_a Q(s, a) - Q(s, a_data)] (Kumar et al., 2020, eq. 4). Returns (seeds,)."""
-    return (q.logsumexp(-1) - of_action(q, action)).mean(-1)
+    return -of_action(q.log_softmax(-1), action).mean(-1)  # log softmax is Q - logsumexp Q, in one operation
 
 
 def expectile_loss(error, expectile):
@@ -242,9 +254,9 @@ def scaled(obs):
 
 def clip_gradients(networks, largest):
     """Scale each seed's gradients down to the norm `largest`, in place. Returns the norms that they had, (seeds,)."""
-    gradients = [p.grad for network in networks for p in network.parameters()]
-    norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    scale = (largest / norm).clamp(max=1)[:, None, None]
+    gradients = [network.flat.grad for network in networks]
+    norm = torch.stack([g.norm(dim=1) for g in gradients]).norm(dim=0)
+    scale = (largest / norm).clamp(max=1)[:, None]
     for g in gradients:
         g.mul_(scale)
     return norm
@@ -259,7 +271,7 @@ def learn(algorithm, real, imaginary, table, seeds, config, description="", snap
     Returns the trained SeededMLP and its learning curve, a list of (step, loss, gradient norm). Raises FloatingPointError.
     """
     device = real.action.device
-    table = table.to(device)
+    table = table.to(device, torch.bfloat16 if config.bf16 else torch.float32)
     sizes = [real.obs.shape[1] + table.shape[1], config.width, config.width, env.NUM_ACTIONS]
     network = SeededMLP(seeds, sizes).to(device)
     target = SeededMLP(seeds, sizes).to(device).requires_grad_(False)
@@ -277,28 +289,24 @@ def learn(algorithm, real, imaginary, table, seeds, config, description="", snap
     for step in trange(start, config.steps, desc=name, initial=start, total=config.steps, leave=False, mininterval=1):
         obs, goal, action, reward, next_obs, done = sample_batch(
             real, imaginary, config.batch, len(seeds), config.imaginary_share, generator)
-        encoded, obs, next_obs = table[goal], scaled(obs), scaled(next_obs)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            goal_part = network.goal_part(encoded)
-            out = network(obs, goal_part).float()  # Q of CQL, else logits of the policy
-            if algorithm == "iql":
-                q, value_part = critic(obs, critic.goal_part(encoded)).float(), value.goal_part(encoded)
-                v, next_v = (value(o, value_part).float().squeeze(-1) for o in (obs, next_obs))
-                with torch.no_grad():
-                    q_target = of_action(target(obs, target.goal_part(encoded)).float(), action)
-            if algorithm == "cql":
-                with torch.no_grad():
-                    next_q, next_q_target = network(next_obs, goal_part).float(), target(next_obs, target.goal_part(encoded)).float()
+        encoded, obs, next_obs = table[goal], scaled(obs).to(table.dtype), scaled(next_obs).to(table.dtype)
         reward = config.reward_scale * reward
         if algorithm == "bc":
+            out, = network(encoded, obs)
             loss = imitation_loss(out, action)
         elif algorithm == "cql":
+            out, next_q = network(encoded, obs, next_obs)
+            with torch.no_grad():
+                next_q_target, = target(encoded, next_obs)
             loss = (bellman_loss(out, next_q, next_q_target, action, reward, done, config.discount)
                     + config.conservative_weight * conservative_loss(out, action))
         else:
-            bootstrapped = reward + config.discount * (1 - done) * next_v.detach()
-            loss = (expectile_loss(q_target - v, config.expectile) + (of_action(q, action) - bootstrapped).square().mean(-1)
-                    + advantage_weighted_loss(out, action, q_target - v, config.advantage_weight))
+            (out,), (q,), (v, next_v) = network(encoded, obs), critic(encoded, obs), value(encoded, obs, next_obs)
+            with torch.no_grad():
+                q_target, bootstrapped = of_action(target(encoded, obs)[0], action), reward + config.discount * (1 - done) * next_v.squeeze(-1)
+            advantage = q_target - v.squeeze(-1)
+            loss = (expectile_loss(advantage, config.expectile) + (of_action(q, action) - bootstrapped).square().mean(-1)
+                    + advantage_weighted_loss(out, action, advantage, config.advantage_weight))
         optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
         norm = clip_gradients(trained, config.max_grad_norm)
@@ -308,7 +316,7 @@ def learn(algorithm, real, imaginary, table, seeds, config, description="", snap
         schedule.step()
         if algorithm != "bc":
             with torch.no_grad():
-                torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), config.target_update)
+                target.flat.lerp_(critic.flat, config.target_update)
         if step % max(1, config.steps // 100) == 0:
             curve.append((step, loss.mean().item(), norm.max().item()))
             if log:
@@ -321,9 +329,9 @@ def learn(algorithm, real, imaginary, table, seeds, config, description="", snap
 
 def policy_of(network, seed_index, table, goal_rows):
     """A greedy policy for `env.run_episodes`: episode i pursues the goal in row goal_rows[i] of the table."""
-    device = network.weights[0].device
+    device = network.flat.device
     table, goal_rows = table.to(device), torch.as_tensor(goal_rows, device=device)
-    weights = [(w[seed_index], b[seed_index]) for w, b in zip(network.weights, network.biases)]
+    weights = [(w[seed_index].detach(), b[seed_index].detach()) for w, b in zip(network.weights, network.biases)]
 
     @torch.inference_mode()
     def act(obs, rows):
@@ -374,7 +382,7 @@ def relabel(records, goals, count, rng, pool=6000):
 
 def save_policy(path, network, seeds, method, config):
     """All seeds of one method as one safetensors file, written aside and renamed."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    tensors = {f"{kind}.{i}": part.detach().cpu().contiguous() for kind in ("weights", "biases") for i, part in enumerate(getattr(network, kind))}
     with store.replacing(path) as aside:
         save_file(tensors, str(aside), {"method": method, "seeds": json.dumps(list(seeds)), "config": json.dumps(asdict(config))})
 
@@ -384,8 +392,7 @@ def load_policy(path):
     with safe_open(str(path), "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}
         seeds = json.loads(file.metadata()["seeds"])
-    layers = len(tensors) // 2
-    sizes = [tensors["weights.0"].shape[1]] + [tensors[f"weights.{i}"].shape[2] for i in range(layers)]
-    network = SeededMLP(seeds, sizes)
-    network.load_state_dict(tensors)
+    parts = [tensors[f"{kind}.{i}"] for i in range(len(tensors) // 2) for kind in ("weights", "biases")]
+    network = SeededMLP(seeds, [parts[0].shape[1], *(bias.shape[2] for bias in parts[1::2])])
+    network.flat.data = torch.cat([part.flatten(1) for part in parts], 1)
     return network, seeds

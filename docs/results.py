@@ -124,6 +124,11 @@ def grounding_rows(folder, names):
                    number(metrics["explanation_holds"], 2)]
 
 
+def growth_rows(growth):
+    for what, row in growth["rows"].items():
+        yield [what, ", ".join(f"{n:,}" for n in row["sizes"]), ", ".join(f"{t:.3g}" for t in row["seconds"]), f"{row['exponent']:.2f}"]
+
+
 def page(folder, target=ROOT):
     """RESULTS.md from the run folders, and its pictures in docs/, both below target. Runs that are missing leave no rows."""
     results, quality = load(folder, "main", "results.json"), load(folder, "main", "quality.json")
@@ -133,7 +138,7 @@ def page(folder, target=ROOT):
     metrics, curves = load(folder, "main", "grounded/metrics.json"), load(folder, "main", "policies/curves.json")
     (target / "docs" / "curves.svg").write_text(report.curves_figure(metrics["log"], curves), encoding="utf-8")
     (target / "docs" / "success.svg").write_text(report.success_figure(results), encoding="utf-8")
-    times = results["time_s"]
+    times, growth = results["time_s"], json.loads((ROOT / "docs" / "growth.json").read_text(encoding="utf-8"))
     explained = [[words, *(number(metrics[f"{key}_{part}"]) for part in ("source", "target", "direction", "exact", "holds"))]
                  for key, words in (("explanation", "the prompt of training"), ("unseen_prompt", "a prompt never trained on"))]
     explained.append(["*paper (keywords), both prompts*", "> .85", "> .85", "", "", ""])
@@ -163,6 +168,7 @@ def page(folder, target=ROOT):
         ablation=table(["`bc+kalm`, validation goals", *LEVELS, "novel mean"], ablation_rows(folder, learn_names)),
         tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"],
                     grounding_rows(folder, ground_names)),
+        growth_machine=f"{growth['machine']}, {growth['date']}", growth=table(["what", "sizes", "seconds", "exponent"], growth_rows(growth)),
         minutes=table(["stage", *times, "all"], [["minutes", *(f"{t / 60:.1f}" for t in (*times.values(), sum(times.values())))]]))
     (target / "RESULTS.md").write_text(text, encoding="utf-8")
 

@@ -1,7 +1,8 @@
 """Speed beside peers and limits, measured in one run: `python tests/bench.py`, once tests/bench_requirements.txt is installed.
 
-Each row times ours and the other in turn, several times, and compares the medians. `--only WORD` takes the rows that have the
-word in their name, `--json FILE` keeps the figures, `--memory` adds the peak memory of every stage.
+Each row times ours and the other in turn, several times, and compares the medians. `--only WORD ...` takes the rows that have one of
+the words in their name, `--json FILE` keeps the figures, `--memory` measures the peak memory of every stage and `--growth` how the
+cost of each stage grows. `--growth --json docs/growth.json` is what RESULTS.md reads.
 """
 import argparse
 import json
@@ -28,6 +29,7 @@ import kalm  # noqa: E402
 import rl  # noqa: E402
 import rollout  # noqa: E402
 from data import llm as llm_source  # noqa: E402
+from data import store  # noqa: E402
 from model import ACTION, STATE, KalmForRollouts, segment_mask  # noqa: E402
 
 CORES = env.available_threads()
@@ -95,8 +97,9 @@ def random_buffer(n=20000, texts=500, hidden=384):
     return rl.Buffer(records, table), table.table
 
 
-def cql_beside_d3rlpy(batch, bf16=kalm.bf16_is_fast(), steps=150):
-    """A step of CQL with one seed, as `--scale cpu` takes it; of d3rlpy's DiscreteCQL with the same sizes, sampled beforehand."""
+def cql_beside_d3rlpy(batch, bf16=kalm.bf16_is_fast(), steps=150, sampled_before=False):
+    """Drawing a batch and a step of CQL with one seed, as `--scale cpu` takes it; the same of d3rlpy's DiscreteCQL with equal sizes, as
+    its `fit` does, without its logging. sampled_before: d3rlpy's batches are drawn outside the time, ours within it."""
     import d3rlpy
     buffer, table = random_buffer()
     inputs = torch.cat([rl.scaled(buffer.obs), table[buffer.goal]], -1).numpy()
@@ -105,15 +108,42 @@ def cql_beside_d3rlpy(batch, bf16=kalm.bf16_is_fast(), steps=150):
     peer = d3rlpy.algos.DiscreteCQLConfig(batch_size=batch, encoder_factory=d3rlpy.models.VectorEncoderFactory([256, 256])).create()
     peer.build_with_dataset(episodes)
     batches = [episodes.sample_transition_batch(batch) for _ in range(steps)]
+
+    def fit():
+        for drawn in batches:
+            peer.update(drawn if sampled_before else episodes.sample_transition_batch(batch))
     config = rl.RLConfig(steps=steps, batch=batch, bf16=bf16)
-    ours, other = in_turn(lambda: rl.learn("cql", buffer, [], table, [0], config), lambda: [peer.update(b) for b in batches], 5)
+    ours, other = in_turn(lambda: rl.learn("cql", buffer, [], table, [0], config), fit, 5)
     return ours / steps, other / steps
 
 
-def three_seeds(steps=200):
-    """A step of CQL with three seeds; with one, at the batch of `--scale cpu`."""
+def cql_beside_its_products(batch, seeds=1, steps=150, dtype=torch.bfloat16 if kalm.bf16_is_fast() else torch.float32):
+    """A step of CQL; its matrix products alone (online network at s and s', target at s', gradients) with AdamW: what no code in torch
+    can go below."""
     buffer, table = random_buffer()
-    config = rl.RLConfig(steps=steps, batch=256, bf16=kalm.bf16_is_fast())
+    layers = [(env.OBSERVATION_DIM, 256), (table.shape[1], 256), (256, 256), (256, env.NUM_ACTIONS)]
+    tensors = [[torch.randn(seeds, *shape, dtype=dtype) for shape in ((batch, i), (i, o), (batch, o))] for i, o in layers]
+    flat = torch.nn.Parameter(torch.randn(seeds, sum(i * o + o for i, o in layers)))
+    flat.grad, optimizer = torch.randn_like(flat), torch.optim.AdamW([flat], lr=1e-3, fused=True)
+
+    def products():
+        for _ in range(steps):
+            for layer, (x, weight, gradient) in enumerate(tensors):
+                for _ in range(2 if layer == 1 else 3):  # s and s' share their goal's part
+                    torch.bmm(x, weight)
+                torch.bmm(x.mT, gradient)
+                if layer > 1:
+                    torch.bmm(gradient, weight.mT)
+            optimizer.step()
+    config = rl.RLConfig(steps=steps, batch=batch, bf16=dtype == torch.bfloat16)
+    ours, floor = in_turn(lambda: rl.learn("cql", buffer, [], table, list(range(seeds)), config), products, 5)
+    return ours / steps, floor / steps
+
+
+def three_seeds(batch=256, steps=200):
+    """A step of CQL with three seeds; with one."""
+    buffer, table = random_buffer()
+    config = rl.RLConfig(steps=steps, batch=batch, bf16=kalm.bf16_is_fast())
     three, one = in_turn(*(lambda seeds=seeds: rl.learn("cql", buffer, [], table, seeds, config) for seeds in ([0, 1, 2], [0])), 5)
     return three / steps, one / steps
 
@@ -144,18 +174,22 @@ def generate_without_cache(model, tokenizer, goals, observations, max_steps):
     return [np.array(m) for m in moves], [np.array(p) for p in paths]
 
 
-def imagine_beside_no_cache(goals=64, actions=50):
-    """64 greedy rollouts of 50 actions for goals that nothing fulfils; without a cache, once, and alike."""
+def imagine_beside_no_cache(goals=64, actions=20):
+    """64 greedy rollouts of 20 actions for goals that nothing fulfils; without a cache, once (longer ones favour the cache more)."""
     model, tokenizer = default_model(merged=True)
     wanted = [env.Goal("Put the red ball behind and in front of the blue ball.", "hard", "relations", tuple(NEVER))] * goals
     starts = env.observe(env.initial_states(np.random.default_rng(0), goals))
+    rollout.generate(model, tokenizer, wanted[:2], starts[:2], max_steps=2)
+    began = time.perf_counter()
     records = rollout.generate(model, tokenizer, wanted, starts, max_steps=actions)
+    between = time.perf_counter()
     moves, paths = generate_without_cache(model, tokenizer, wanted, starts, actions)
-    same = [bool((r["actions"] == m).all()) for r, m in zip(records, moves)]
-    gap = max(np.abs(r["observations"] - p).max() for r, p, s in zip(records, paths, same) if s)
-    print(f"  greedy rollouts alike in all {actions} actions: {sum(same)} of {goals}; their states differ by {gap:.1e} m at most")
-    return in_turn(lambda: rollout.generate(model, tokenizer, wanted, starts, max_steps=actions),
-                   lambda: generate_without_cache(model, tokenizer, wanted, starts, actions), 1)
+    ended = time.perf_counter()
+    parted = [int(np.append(r["actions"] != m, True).argmax()) for r, m in zip(records, moves)]  # the first action that is another
+    gap = max(np.abs(r["observations"][:n + 1] - p[:n + 1]).max() for r, p, n in zip(records, paths, parted))
+    print(f"  greedy rollouts alike in all {actions} actions: {sum(n == actions for n in parted)} of {goals}; until their actions part "
+          f"(first: {min(parted)}), their states differ by {gap:.1e} m at most")
+    return between - began, ended - between
 
 
 @torch.inference_mode()
@@ -278,8 +312,13 @@ ROWS = {  # name: (function, what the other is, how often its time ours may take
     "CQL step, batch 32": (lambda: cql_beside_d3rlpy(32), "d3rlpy 2.8.1", 1 / 5),
     "CQL step, batch 256": (lambda: cql_beside_d3rlpy(256), "d3rlpy 2.8.1", 1 / 6),
     "CQL step, batch 256, float32": (lambda: cql_beside_d3rlpy(256, bf16=False), "d3rlpy 2.8.1", 1 / 6),
+    "CQL step, batch 32, strictly": (lambda: cql_beside_d3rlpy(32, sampled_before=True), "d3rlpy, batches drawn before", 1 / 5),
+    "CQL step, batch 256, strictly": (lambda: cql_beside_d3rlpy(256, sampled_before=True), "d3rlpy, batches drawn before", 1 / 6),
+    "CQL step, batch 32, floor": (lambda: cql_beside_its_products(32), "its products and AdamW", None),
+    "CQL step, batch 256, floor": (lambda: cql_beside_its_products(256), "its products and AdamW", None),
     "CQL step, three seeds": (three_seeds, "one seed", 1.6),
-    "imagine, 64 goals, 50 actions": (imagine_beside_no_cache, "no cache", 1 / 10),
+    "CQL step, three seeds, batch 32": (lambda: three_seeds(32), "one seed", 1.6),
+    "imagine, 64 goals, 20 actions": (imagine_beside_no_cache, "no cache", 1 / 10),
     "imagine, mixed lengths": (imagine_mixed_lengths, "finished rows kept", 1 / 1.5),
     "ground, packed rows": (packed_rows, "one example a row", 1 / 4),
     "ground, step": (step_beside_backbone, "bare backbone", 1.15),
@@ -317,88 +356,108 @@ def slope(sizes, times):
     return np.polyfit(np.log(sizes), np.log(times), 1)[0]
 
 
-def growth():
-    """Yield (what, sizes, seconds) of each stage's work as it grows."""
+def timed(function, *arguments):
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+# Each yields (what, sizes, seconds); largest: rollouts at most
+
+def grow_collect(largest):
     def collect(n):
         rng = np.random.default_rng(0)
         goals = env.sample_goals("offline", "train", n, rng)
         array = env.goal_array(goals)
         env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), goals, env.unfulfilled_states(rng, goals), 20)
-
-    def timed(function, *arguments):
-        started = time.perf_counter()
-        function(*arguments)
-        return time.perf_counter() - started
-    sizes = [1000, 10000, 100000]
+    sizes = [largest // 100, largest // 10, largest]
     yield "collect, by rollouts", sizes, [timed(collect, n) for n in sizes]
-    steps = rl.RLConfig(steps=200, batch=256, bf16=kalm.bf16_is_fast())
-    buffers = [random_buffer(10 * n, texts=5000) for n in sizes]
-    yield "learn, 200 CQL steps of one seed, by rollouts in the buffer", sizes, [
-        seconds(lambda b=buffer, t=table: rl.learn("cql", b, [], t, [0], steps)) for buffer, table in buffers]
-    del buffers
+
+
+def grow_learn(largest):
+    steps, sizes, times = rl.RLConfig(steps=200, batch=256, bf16=kalm.bf16_is_fast()), [largest // 100, largest // 10, largest], []
+    for n in sizes:
+        buffer, table = random_buffer(10 * n, texts=5000)
+        times.append(seconds(lambda: rl.learn("cql", buffer, [], table, [0], steps)))
+    yield "learn, 200 CQL steps of one seed, by rollouts in the buffer", sizes, times
+
+
+def grow_layers(largest):
     records, layers, grounding, imagining = real_rollouts(60), [2, 6, 12, 30], [], []
-    goals = env.sample_goals("rephrase", "test", 128, np.random.default_rng(0))
+    goals = env.sample_goals("rephrase", "test", 32, np.random.default_rng(0))
     starts = env.observe(env.unfulfilled_states(np.random.default_rng(1), goals))
     for kept in layers:
         llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), kept)
         model = KalmForRollouts.from_llm(llm, lora_rank=64, **ground.observation_statistics(records))
         model.get_input_embeddings().weight.requires_grad_(False)
         examples = ground.GroundingExamples(records, tokenizer)
-        batch = ground.pack([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:32]])
+        batch = ground.pack([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:8]])
         grounding.append(seconds(lambda: train_step(model, batch)))
         with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
             imagining.append(timed(lambda: rollout.generate(model.merge_adapters(), tokenizer, goals, starts, max_steps=10)))
     positions = int((batch["modality"] >= 0).sum())
-    yield f"ground, a LoRA step of 32 examples ({positions:,} positions), by layers", layers, grounding
-    yield "imagine, 128 rollouts of at most 10 actions, by layers", layers, imagining
+    yield f"ground, a LoRA step of 8 examples ({positions:,} positions), by layers", layers, grounding
+    yield "imagine, 32 rollouts of at most 10 actions, by layers", layers, imagining
+
+
+def grow_imagine(largest):
     model, tokenizer = default_model(merged=True)
-    sizes, times = [64, 256, 1024], []
+    sizes, times = [n for n in (64, 256, 1024) if n <= largest], []
     for n in sizes:
         goals = env.sample_goals("rephrase", "test", n, np.random.default_rng(0))
         starts = env.observe(env.unfulfilled_states(np.random.default_rng(1), goals))
         with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
             times.append(timed(lambda: rollout.generate_all(model, tokenizer, goals, starts, max_steps=10)))
     yield "imagine, six layers, at most 10 actions, by rollouts", sizes, times
+
+
+def grow_processes(largest):
     times = []
     for processes in (1, 2):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
         with tempfile.TemporaryDirectory() as run:
             command = [sys.executable, *launch, str(ROOT / "kalm.py"), "--scale", "cpu", "--output_dir", run, "--train_goals", "600"]
-            for stages in (["collect"], ["ground", "--ground_steps", "24", "--batch_examples", str(16 // processes)]):
+            for stages in (["collect"], ["ground", "--adapter", "", "--ground_steps", "24", "--batch_examples", str(16 // processes)]):
                 log = subprocess.run([*command, "--stage", *stages], capture_output=True, text=True, check=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": str(CORES // processes)}).stdout
+                                     env={**os.environ, "OMP_NUM_THREADS": str(max(1, CORES // processes))}).stdout
         times.append(float(re.search(r"train_runtime': '?([0-9.]+)", log)[1]))
     yield "ground, 24 steps of 16 examples shared among processes", [1, 2], times
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", metavar="WORD", help="rows with this word in their name")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help=f"rows with one of these in their name: {'; '.join(ROWS)}; "
+                        "with --growth, also collect, processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
-    parser.add_argument("--memory", action="store_true", help="also the peak memory of each stage at --scale cpu, some minutes")
+    parser.add_argument("--memory", action="store_true", help="instead, the peak memory of each stage at --scale cpu, some minutes")
     parser.add_argument("--growth", action="store_true", help="instead, how the cost of each stage grows, a quarter of an hour")
+    parser.add_argument("--largest", type=int, default=100000, metavar="N", help="rollouts in the largest rows of --growth")
     options = parser.parse_args()
     found = {"machine": f"{CORES} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
                         f"bf16 {'fast' if kalm.bf16_is_fast() else 'not used'}", "date": time.strftime("%Y-%m-%d"), "rows": {}}
     if options.growth:
         print(f"{found['machine']}, {found['date']}\n\n| what | sizes | seconds | exponent |\n" + "| --- " * 4 + "|")
-        for name, sizes, times in growth():
-            print(f"| {name} | {', '.join(f'{n:,}' for n in sizes)} | {', '.join(f'{t:.3g}' for t in times)} | {slope(sizes, times):.2f} |",
-                  flush=True)
+        for part in (grow_collect, grow_learn, grow_layers, grow_imagine, grow_processes):
+            for name, sizes, times in part(options.largest) if any(w in part.__name__ for w in options.only) else ():
+                found["rows"][name] = {"sizes": sizes, "seconds": times, "exponent": slope(sizes, times)}
+                print(f"| {name} | {', '.join(f'{n:,}' for n in sizes)} | {', '.join(f'{t:.3g}' for t in times)} | "
+                      f"{found['rows'][name]['exponent']:.2f} |", flush=True)
+        if options.json:
+            store.write_json(options.json, found)
         return
     print(f"{found['machine']}, {found['date']}\n\n| what | ms | beside | ms | ratio | at most | |\n" + "| --- " * 7 + "|")
     for name, (function, beside, limit) in ROWS.items():
-        if options.only in name:
+        if not options.memory and any(word in name for word in options.only):
             ours, other = function()
             found["rows"][name] = {"seconds": ours, "beside": beside, "other_seconds": other, "ratio": ours / other, "limit": limit}
-            print(f"| {name} | {1000 * ours:.3g} | {beside} | {1000 * other:.3g} | {ours / other:.3g} | {limit:.3g} | "
-                  f"{'met' if ours <= limit * other else 'NOT MET'} |", flush=True)
+            print(f"| {name} | {1000 * ours:.3g} | {beside} | {1000 * other:.3g} | {ours / other:.3g} | {'' if limit is None else f'{limit:.3g}'} | "
+                  f"{'' if limit is None else 'met' if ours <= limit * other else 'NOT MET'} |", flush=True)
     if options.memory:
         for stage, peak in peak_memory().items():
             found["rows"][f"peak memory, {stage}"] = {"bytes": peak, "limit": MEMORY_LIMIT}
             print(f"| peak memory, {stage} | {peak / 2 ** 30:.2f} GiB | | | | 4 GiB | {'met' if peak <= MEMORY_LIMIT else 'NOT MET'} |")
     if options.json:
-        ground.write_json(options.json, found)
+        store.write_json(options.json, found)
 
 
 if __name__ == "__main__":
