@@ -196,9 +196,9 @@ def parse_options(arguments):
         temperatures = [-1]
     if not all(0 <= t < float("inf") for t in temperatures):
         raise ValueError(f"--temperatures takes numbers from 0 on with commas between, got {options.temperatures!r}")
-    logs.check_trackers(options.report_to)
     options.stages = [s for s in (*STAGES, "act") if s in options.stage or "all" in options.stage and s != "act"]
     options.run, options.start_seed = Path(options.output_dir), options.seed
+    logs.check_trackers(options.report_to, options.run / "logs")
     return options
 
 

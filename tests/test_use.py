@@ -315,6 +315,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(tmp_pat
     assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_wandb_keeps_its_files_in_the_runs_logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")  # and is put back after the test
+    monkeypatch.chdir(tmp_path)
+    kalm.parse_options([*SMOKE, "mine"])
+    assert logs.os.environ["WANDB_DIR"] == str(tmp_path / "mine" / "logs")
+
+
 def test_tensorboard_shows_grounding_and_offline_rl(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
