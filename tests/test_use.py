@@ -242,7 +242,7 @@ def test_stages_run_one_by_one_leave_one_config_with_all_their_options(run):
 @pytest.mark.parametrize("name, content", [
     ("mine.yaml", "scale: smoke\nlearning_rate: 1e-5\nmethods: [bc, cql]\nself_check: true\ntemperatures: 2\ngoals:\nepisodes: 7\n"
                   "stage: learn evaluate"),
-    ("mine.json", '{"scale": "smoke", "learning_rate": 1e-5, "methods": "bc,cql", "self_check": 1, "temperatures": "2", "episodes": 7, '
+    ("mine.json", '{\t"scale": "smoke", "learning_rate": 1e-5, "methods": "bc,cql", "self_check": 1, "temperatures": "2", "episodes": 7, '
                   '"stage": ["learn", "evaluate"]}')])
 def test_options_come_from_the_command_line_then_the_config_file_then_the_scale(tmp_path, name, content):
     (tmp_path / name).write_text(content)
