@@ -108,7 +108,7 @@ OPTIONS = (
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
-    Option("methods", "learn", (",".join(m for m in METHODS if "both" not in m and "iql" not in m),),
+    Option("methods", "learn", (",".join(m for m in METHODS if "iql" not in m),),
            "to learn and evaluate; bc, cql, iql with +relabel, +kalm, +both; llm"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
@@ -157,13 +157,21 @@ def parse_options(arguments):
         raise ValueError(f"unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}, all, or act")
     if (options.goal is None) == ("act" in options.stage):
         raise ValueError('--stage act takes a --goal in words, no other stage does: --stage act --goal "put red left of blue"')
-    given = {o.stage for o in OPTIONS if hasattr(options, o.name)}
-    options.adapter_is_settled = "ground" in given or "ground" in options.stage
+    options.adapter_is_settled = "ground" in options.stage or any(hasattr(options, o.name) for o in OPTIONS if o.stage == "ground")
     if options.adapter_is_settled and not hasattr(options, "adapter"):
         options.adapter = ""
     for option in OPTIONS:
-        if not hasattr(options, option.name):
-            setattr(options, option.name, option.default(options.scale))
+        vars(options).setdefault(option.name, option.default(options.scale))
+    check_values(options)
+    options.stages = [s for s in (*STAGES, "act") if s in options.stage or "all" in options.stage and s != "act"]
+    options.run, options.start_seed = Path(options.output_dir), options.seed
+    logs.check_trackers(options.report_to, options.run / "logs")
+    return options
+
+
+def check_values(options):
+    """Raise ValueError for an option whose value is out of range, or contradicts that of another."""
+    for option in OPTIONS:
         value, least = getattr(options, option.name), 0 if option.name in MAY_BE_ZERO else 1
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{option.name} must be at least {least}, got {value}")
@@ -196,10 +204,6 @@ def parse_options(arguments):
         temperatures = [-1]
     if not all(0 <= t < float("inf") for t in temperatures):
         raise ValueError(f"--temperatures takes numbers from 0 on with commas between, got {options.temperatures!r}")
-    logs.check_trackers(options.report_to)
-    options.stages = [s for s in (*STAGES, "act") if s in options.stage or "all" in options.stage and s != "act"]
-    options.run, options.start_seed = Path(options.output_dir), options.seed
-    return options
 
 
 def refuse_arguments(message):

@@ -12,9 +12,11 @@ TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 PROJECT = "kalm"  # under which wandb and trackio show the runs
 
 
-def check_trackers(report_to):
-    """The trackers of --report_to as a list. Raises ValueError if one of them is not installed."""
+def check_trackers(report_to, folder=None):
+    """The trackers of --report_to as a list; those that keep files keep them in the folder. Raises ValueError if one is not installed."""
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    if folder:
+        os.environ["WANDB_DIR"] = str(Path(folder).absolute())
     wanted = [name for name in report_to.split(",") if name != "none"]
     for name in wanted:
         if importlib.util.find_spec(name) is None:

@@ -31,6 +31,7 @@ QUALITY_WORDS = {
     "action_match": "first action fits the goal", "off_table": "transitions off the table",
     "beyond_dynamics": "transitions beyond what physics allows", "explained": "own explanation fits the goal",
     "match_of_explained": "meet their goal, of those whose explanation fits", "dynamics_error": "contradiction to the dynamics prediction, m"}
+VERDICTS = {"met": "goal met", "missed": "goal missed", "unjudged": "no judge for this goal"}
 SOURCE_COLORS = {"": "#8a8f98", "relabel": "#e0872b", "kalm": "#3b82d0", "both": "#2f9e5b"}
 LLM_COLOR = "#a35cc4"
 LINES = {"bc": "solid", "cql": "dashed", "iql": "dotted"}
@@ -162,12 +163,24 @@ def quality_table(quality):
     return html_table("Imagined rollouts, first round", ["rates, if not said otherwise", *levels], rows)
 
 
-def gallery(imagined, met=2, missed=2):
-    """For each level, imagined rollouts that met their goal and that missed it, beside the same actions in the physics."""
+def ablation_tables(run):
+    """The tables of RUN/ablations.json under a heading of their own, or nothing where there are none."""
+    path = run / "ablations.json"
+    tables = [html_table(**table) for table in json.loads(path.read_text(encoding="utf-8")) if table["rows"]] if path.is_file() else []
+    return "\n".join(tables and ["<h2>What each part is worth</h2>", *tables])
+
+
+def verdict_of(record):
+    """What the judge says of a rollout, a key of VERDICTS."""
+    return "unjudged" if record["kind"] == "unknown" else "met" if record["success"] else "missed"
+
+
+def gallery(imagined, each=2):
+    """For each level and verdict, so many imagined rollouts beside the same actions in the physics."""
     cells = []
     for level, records in imagined.items():
         by_length = sorted(records, key=lambda r: len(r["actions"]) > 12)
-        for record in [r for r in by_length if r["success"]][:met] + [r for r in by_length if not r["success"]][:missed]:
+        for record in (r for verdict in VERDICTS for r in [r for r in by_length if verdict_of(r) == verdict][:each]):
             start = env.state_from_observation(record["observations"][:1])
             played, = env.run_episodes(rollout.replay([record["actions"]]), [env.goal_of(record)], start, len(record["actions"]))
             cells.append(card(level, record, played))
@@ -179,10 +192,10 @@ def card(level, record, played):
     goal = html.escape(record["goal"])
     pictures = ""
     for what, shown in (("imagined", record), ("executed", played)):
-        steps, verdict = len(shown["actions"]), "met" if shown["success"] else "missed"
-        alt = f"Five balls on a table, {what}, {steps} action{'s' * (steps > 1)}: goal {verdict}"
+        steps, verdict = len(shown["actions"]), verdict_of(shown)
+        alt = f"Five balls on a table, {what}, {steps} action{'s' * (steps > 1)}: {VERDICTS[verdict]}"
         pictures += (f'<figure><img alt="{alt}" width="180" height="180" src="data:image/gif;base64,{gif_base64(shown)}">'
-                     f'<figcaption>{what}: <span class="{verdict}">goal {verdict}</span></figcaption></figure>')
+                     f'<figcaption>{what}: <span class="{verdict}">{VERDICTS[verdict]}</span></figcaption></figure>')
     own = record.get("explanation")
     said = f"<p>The LLM says of it: <q>{html.escape(own)}</q></p>" if own else ""
     return f'<article><p><b>{html.escape(level)}</b> {goal}</p><div class="pair">{pictures}</div>{said}</article>'
@@ -220,6 +233,7 @@ def write(run, imagined):
         scale=html.escape(str(settings["scale"])), llm=html.escape(str(settings["llm"])), bars=bars, learning=learning,
         episodes=max(cell["episodes"] for row in results["success"].values() for cell in row.values()),
         success=success_table(results), quality=quality_table(results["quality"]), gallery=gallery(imagined),
+        ablations=ablation_tables(run),
         grounding=html_table("The grounded LLM on held-out rollouts", ["figure", "value"],
                              [[k.replace("_", " "), v] for k, v in results["grounding"].items()]),
         times=html_table("Seconds of each stage", ["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in {**times, "all": sum(times.values())}.items()]),
@@ -252,8 +266,10 @@ article {{ border: 1px solid var(--line); border-radius: .5rem; padding: .2rem .
 paper's best policies, which had other data, another model and other sentences.</p>
 <div class="row">{bars}</div>{success}
 <h2>Imagination</h2>{quality}
-<p>Imagined rollouts that met their goal and some that missed it. Left as the LLM imagined them, right the same actions in the physics.</p>
+<p>Some imagined rollouts that met their goal, some that missed it, and some without a judge, where there are any. Left as the LLM
+imagined them, right the same actions in the physics.</p>
 <div class="gallery">{gallery}</div>
+{ablations}
 <h2>Learning curves</h2><div class="row">{learning}</div>
 <h2>Grounding</h2>{grounding}
 <h2>Time and versions</h2>{times}{versions}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kalm  # noqa: E402
-from data import report  # noqa: E402
+from data import report, store  # noqa: E402
 from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 
 ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
@@ -32,7 +32,7 @@ RUNS = {  # name: (parent, options, stages)
     "brief, half fresh": ("brief", ["--fresh_layers", "2"], ["ground", "imagine"]),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
     "brief, all random": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
-    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+kalm", "--seeds", "2", "--self_check", "1", *HALF],
+    "validation": ("main", ["--split", "validation", "--methods", "bc,bc+relabel,bc+kalm,bc+both", "--seeds", "2", "--self_check", "1", *HALF],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
     "dynamics check": ("validation", ["--dynamics_tolerance", "0.1", "--methods", "bc+kalm"], ["learn", "evaluate"]),
@@ -43,6 +43,16 @@ RUNS = {  # name: (parent, options, stages)
                 ["imagine", "learn", "evaluate"]),
     "new starts": ("validation", ["--visited_share", "0", "--self_check", "0", "--methods", "bc+kalm"], ["imagine", "learn", "evaluate"]),
 }
+LEARNING_ABLATIONS = {
+    "validation": "default", **{f"keep {k}": f"kept: {JUDGED[k]}" for k in list(JUDGED)[1:]},
+    "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m",
+    "unbalanced": "drawn by transition, not by goal", "new starts": "no counterfactual goals: imagined from new starts alone",
+    "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
+    "no candidates": "no looking ahead: one action imagined at each step of the later rounds",
+    "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
+GROUNDING_ABLATIONS = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
+    "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",
+    "brief, LoRA": "four pre-trained layers, LoRA of rank 64", "brief, all random": "four random layers and token embeddings"}
 
 
 def options_of(name):
@@ -67,7 +77,7 @@ def run(name, folder, processes=1):
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, copy_function=os.link)
-        for path in ("results.json", "report.html"):
+        for path in ("results.json", "report.html", "ablations.json"):
             (partial / path).unlink(missing_ok=True)
         partial.rename(folder)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
@@ -129,6 +139,21 @@ def growth_rows(growth):
         yield [what, ", ".join(f"{n:,}" for n in row["sizes"]), ", ".join(f"{t:.3g}" for t in row["seconds"]), f"{row['exponent']:.2f}"]
 
 
+def ablations(folder):
+    """What each part is worth, in learning and in grounding: two tables of texts, {caption, header, rows}; missing runs leave no rows."""
+    return [{"caption": "Success of bc+kalm by what it learns from", "header": ["bc+kalm, validation goals", *LEVELS, "novel mean"],
+             "rows": list(ablation_rows(folder, LEARNING_ABLATIONS))},
+            {"caption": "Imagined rollouts by how the LLM was grounded: rate that meets the goal / that meets it in the physics",
+             "header": ["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"],
+             "rows": list(grounding_rows(folder, GROUNDING_ABLATIONS))}]
+
+
+def show_ablations(folder, options):
+    """The tables of ablations -> report.html of the main run, which has these options. Returns the exit code."""
+    store.write_json(folder / "main" / "ablations.json", ablations(folder))
+    return kalm.main([*options, "--stage", "report", "--force", "--output_dir", str(folder / "main")])
+
+
 def page(folder, target=ROOT):
     """RESULTS.md from the run folders, and its pictures in docs/, both below target. Runs that are missing leave no rows."""
     results, quality = load(folder, "main", "results.json"), load(folder, "main", "quality.json")
@@ -138,20 +163,11 @@ def page(folder, target=ROOT):
     metrics, curves = load(folder, "main", "grounded/metrics.json"), load(folder, "main", "policies/curves.json")
     (target / "docs" / "curves.svg").write_text(report.curves_figure(metrics["log"], curves), encoding="utf-8")
     (target / "docs" / "success.svg").write_text(report.success_figure(results), encoding="utf-8")
+    learning, grounding = ablations(folder)
     times, growth = results["time_s"], json.loads((ROOT / "docs" / "growth.json").read_text(encoding="utf-8"))
     explained = [[words, *(number(metrics[f"{key}_{part}"]) for part in ("source", "target", "direction", "exact", "holds"))]
                  for key, words in (("explanation", "the prompt of training"), ("unseen_prompt", "a prompt never trained on"))]
     explained.append(["*paper (keywords), both prompts*", "> .85", "> .85", "", "", ""])
-    learn_names = {
-        "validation": "default", **{f"keep {k}": f"kept: {JUDGED[k]}" for k in list(JUDGED)[1:]},
-        "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m",
-        "unbalanced": "drawn by transition, not by goal", "new starts": "no counterfactual goals: imagined from new starts alone",
-        "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
-        "no candidates": "no looking ahead: one action imagined at each step of the later rounds",
-        "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
-    ground_names = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
-        "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",
-        "brief, LoRA": "four pre-trained layers, LoRA of rank 64", "brief, all random": "four random layers and token embeddings"}
     text = (ROOT / "docs" / "results_template.md").read_text(encoding="utf-8").format(
         success=table(["success rate", *LEVELS, "novel mean", "episodes"], success_rows(results)),
         quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, {
@@ -165,10 +181,8 @@ def page(folder, target=ROOT):
         grounding=", ".join(f"{k.replace('_', ' ')} {number(metrics[k])}" for k in (
             "action_accuracy", "state_error", "state_error_nothing_moves")),
         counts="none" if not brief else ", ".join(f"{v} {brief[v]['rollouts']:.0f}" for v in LEVELS),
-        ablation=table(["`bc+kalm`, validation goals", *LEVELS, "novel mean"], ablation_rows(folder, learn_names)),
-        tasks=table(["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"],
-                    grounding_rows(folder, ground_names)),
         growth_machine=f"{growth['machine']}, {growth['date']}", growth=table(["what", "sizes", "seconds", "exponent"], growth_rows(growth)),
+        ablation=table(learning["header"], learning["rows"]), tasks=table(grounding["header"], grounding["rows"]),
         minutes=table(["stage", *times, "all"], [["minutes", *(f"{t / 60:.1f}" for t in (*times.values(), sum(times.values())))]]))
     (target / "RESULTS.md").write_text(text, encoding="utf-8")
 
@@ -183,6 +197,7 @@ def main():
     for name in [] if options.write else options.only or RUNS:
         run(name, options.runs / name.replace(" ", "_"), options.processes)
     page(options.runs)
+    sys.exit(show_ablations(options.runs, options_of("main")))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ BAD_OPTIONS = {  # arguments, the content of mine.jsonl, what the message names
     "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),
     "unknown option": (["--nosuch", "3"], "", "unknown option --nosuch"),
     "abbreviated option": (["--episode", "3"], "", "--episode: did you mean --episodes?"),
-    "an option with hyphens": (["--ground-steps=3"], "", "did you mean --ground_steps?"),
+    "an option with hyphens": (["--ground-steps=3000000000000000"], "", "did you mean --ground_steps?"),
     "word for a number": (["--episodes", "many"], "", "--episodes: invalid int value: 'many'"),
     "act without a goal": (["--stage", "act"], "", "--goal"),
     "a goal without act": (["--goal", "Push red."], "", "--stage act"),

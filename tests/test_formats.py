@@ -613,7 +613,7 @@ def test_a_number_no_float_can_hold_in_a_text_of_a_pickle_is_damage():  # found 
         pickled.read(b"Fno\xff number\n.")
 
 
-def test_a_goal_text_with_half_a_character_is_refused(tmp_path):  # found by the fuzz: it could not be written again
+def test_a_goal_text_with_half_a_character_is_refused(tmp_path):  # JSON can spell it, but no UTF-8 file or tokenizer takes it
     line = {"text": "Roll \ud800.", "level": "hard", "kind": "line", "relations": []}
     with pytest.raises(ValueError, match="line 1: a goal's text must be whole Unicode characters"):
         env.read_goals(write(tmp_path / "g.jsonl", json.dumps(line).encode()))

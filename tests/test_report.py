@@ -47,9 +47,11 @@ class Elements(html.parser.HTMLParser):
 
 @pytest.fixture
 def page_of(smoke_run, tmp_path):
-    """A function: the report of a smoke run with these imagined rollouts, after a change to its results."""
-    def write(records=(), change=lambda results: None):
+    """A function: the report of a smoke run with these imagined rollouts and tables of ablations, after a change to its results."""
+    def write(records=(), change=lambda results: None, ablations=None):
         run = shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("rollouts"))
+        if ablations is not None:
+            (run / "ablations.json").write_text(json.dumps(ablations))
         results = json.loads((run / "results.json").read_text())
         change(results)
         (run / "results.json").write_text(json.dumps(results))
@@ -89,6 +91,25 @@ def test_the_gallery_shows_failures_too_with_the_judges_verdict_on_both_sides(pa
     verdicts = [re.findall(r"(imagined|executed): <span[^>]*>goal (\w+)", card) for card in cards]
     assert len(cards) == 3 and all(dict(v)["imagined"] == "met" for v in verdicts[:2])
     assert verdicts[2] == [("imagined", "missed"), ("executed", "missed")]
+
+
+def test_a_goal_without_a_judge_is_neither_met_nor_missed(page_of):
+    unjudged = record(False, goal="Surprise me.", kind="unknown", relations=[])
+    page = page_of([unjudged] * 3 + [record(False)])
+    cards = re.findall(r"<article>.*?</article>", page, re.S)
+    assert ["goal missed" in card for card in cards] == [True, False, False]  # it takes no place of those that missed theirs
+    for card in cards[1:]:
+        assert card.count("no judge for this goal") == 4 and "goal met" not in card  # below both pictures, and read out with both
+
+
+def test_tables_of_ablations_are_shown_where_there_are_any(page_of, tmp_path):
+    table = {"caption": "Kept <which>", "header": ["bc+kalm", "hard"], "rows": [["everything", ".432"]]}
+    page = page_of(ablations=[table, {"caption": "Grounding", "header": ["x"], "rows": []}])
+    assert page.count("What each part is worth") == 1 and "Kept &lt;which&gt;" in page and "<caption>Grounding<" not in page
+    assert '<th scope="row">everything</th><td>.432</td>' in page and Elements(page).found
+    assert report.ablation_tables(tmp_path) == ""
+    (tmp_path / "ablations.json").write_text(json.dumps([{**table, "rows": []}]))
+    assert report.ablation_tables(tmp_path) == ""
 
 
 def test_an_explanation_is_shown_where_there_is_one(page_of):

@@ -26,14 +26,18 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
     folder = tmp_path / "runs"
     for name in ("main", "keep_all", "brief"):
         shutil.copytree(smoke_run, folder / name)
-    path = folder / "main" / "results.json"
-    main = json.loads(path.read_text())
-    main["success"]["cql"]["easy"] = {"mean": 0.6172, "std": 0.0234, "seeds": [0.6, 0.63], "episodes": 12}
-    path.write_text(json.dumps(main))
     path = folder / "keep_all" / "results.json"
     ablation = json.loads(path.read_text())
     ablation["success"]["bc+kalm"]["hard"]["mean"] = 0.4321
     path.write_text(json.dumps(ablation))
+    assert results.show_ablations(folder, ["--scale", "smoke"]) == 0
+    page = (folder / "main" / "report.html").read_text()
+    assert re.search(r"kept: everything</th>(<td>[.\d]+</td>){3}<td>\.432</td>", page) and "half of each batch" not in page
+    assert "four pre-trained layers, all four tasks</th>" in page
+    path = folder / "main" / "results.json"
+    main = json.loads(path.read_text())
+    main["success"]["cql"]["easy"] = {"mean": 0.6172, "std": 0.0234, "seeds": [0.6, 0.63], "episodes": 12}
+    path.write_text(json.dumps(main))
     (tmp_path / "docs").mkdir()
     results.page(folder, tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()

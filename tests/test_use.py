@@ -139,6 +139,8 @@ def test_act_plays_a_typed_goal_by_policy_and_llm_and_tells_what_happened(run, c
         for cell in row.values():
             cell["mean"] = 0.9 if method == best else 0.95 if method == "llm" else 0.1
     (run / "results.json").write_text(json.dumps(results))
+    (run / "unfinished" / "learn-0123").mkdir(parents=True)
+    (run / "unfinished" / "learn-0123" / "bc-40").write_text("what a killed stage goes on from")
     before = files_of(run)
     assert kalm.main(["--stage", "act", "--goal", "put the red ball left of the blue one", "--run", str(run), "--seed", "3"]) == 0
     said = capsys.readouterr().out
@@ -152,9 +154,19 @@ def test_act_plays_a_typed_goal_by_policy_and_llm_and_tells_what_happened(run, c
         assert entry["verdict"] == ("goal met" if record["success"] else "goal missed") and len(entry["actions"]) <= 10
         assert f"{entry['method']}: {entry['verdict']}, {len(entry['actions'])} actions; moved: {account.movements(record)}" in said
         assert entry["explanation"] in said and str(run / "act" / entry["gif"]) in said
+        assert entry["seed"] == 3 and entry["gif"].endswith(f"-3-{entry['method']}.gif")
+        assert entry["explanation_fits"] is rollout.explanation_fits(entry)
         assert 1 < frames_of(run / "act" / entry["gif"]) <= len(entry["actions"]) + 4
     after = files_of(run)
     assert {p: after[p] for p in before} == before  # act changes nothing that a stage made
+
+
+def test_movements_name_each_ball_that_moved_with_its_distance_and_way():
+    moves = np.array([(-0.2, 0.05), (0.3, 0), (0.01, -0.06), (0, 0.1), (0.03, 0.03)])  # +x is right, +y is back
+    told = account.movements({"observations": np.stack([np.zeros(10), moves.ravel()])})
+    red, blue, green, purple, cyan = env.COLORS
+    assert told == f"{red} 0.21 m left, {blue} 0.30 m right, {green} 0.06 m front, {purple} 0.10 m back"
+    assert account.movements({"observations": np.zeros((3, 10))}) == "nothing"
 
 
 def test_act_without_a_judge_says_so_and_plays_every_action(run, capsys):
@@ -165,12 +177,13 @@ def test_act_without_a_judge_says_so_and_plays_every_action(run, capsys):
     assert all((run / "act" / e["gif"]).is_file() for e in entries)
 
 
-def test_act_judges_a_goal_of_the_runs_own_as_the_run_does(run, tmp_path, capsys):
+def test_act_judges_a_goal_of_the_runs_own_as_the_run_does(run, tmp_path, capsys, monkeypatch):
     line = {"text": "Everybody in a row!", "level": "hard", "kind": "line", "relations": []}
     goals = write_goals(tmp_path / "mine.jsonl", [line])
     assert kalm.main(["--stage", "act", "--goal", line["text"], "--run", str(run), "--goals", goals]) == 2
     assert "--goals" in capsys.readouterr().err  # imagined with others
     known = kalm.novel_goals(kalm.parse_options([*SMOKE, str(run)]))["hard"][0]
+    monkeypatch.setattr(kalm, "load_encoder", lambda *_: pytest.fail("the goal is in the table of the policies already"))
     assert kalm.main(["--stage", "act", "--goal", known.text, "--run", str(run), "--methods", "bc"]) == 0
     assert "(as the goals of the run have it)" in capsys.readouterr().out
     assert lines_of(run / "logs" / "act.jsonl")[-1]["kind"] == known.kind != "unknown"
@@ -229,7 +242,7 @@ def test_stages_run_one_by_one_leave_one_config_with_all_their_options(run):
 @pytest.mark.parametrize("name, content", [
     ("mine.yaml", "scale: smoke\nlearning_rate: 1e-5\nmethods: [bc, cql]\nself_check: true\ntemperatures: 2\ngoals:\nepisodes: 7\n"
                   "stage: learn evaluate"),
-    ("mine.json", '{"scale": "smoke", "learning_rate": 1e-5, "methods": "bc,cql", "self_check": 1, "temperatures": "2", "episodes": 7, '
+    ("mine.json", '{\t"scale": "smoke", "learning_rate": 1e-5, "methods": "bc,cql", "self_check": 1, "temperatures": "2", "episodes": 7, '
                   '"stage": ["learn", "evaluate"]}')])
 def test_options_come_from_the_command_line_then_the_config_file_then_the_scale(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -313,6 +326,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(tmp_pat
     monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
     assert kalm.main([*SMOKE, str(tmp_path / "run"), "--report_to", "wandb"]) == 2
     assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_wandb_keeps_its_files_in_the_runs_logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")  # and is put back after the test
+    monkeypatch.chdir(tmp_path)
+    kalm.parse_options([*SMOKE, "mine"])
+    assert logs.os.environ["WANDB_DIR"] == str(tmp_path / "mine" / "logs")
 
 
 def test_tensorboard_shows_grounding_and_offline_rl(tmp_path):
