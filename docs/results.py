@@ -50,6 +50,8 @@ LEARNING_ABLATIONS = {
     "share 0.1": "a tenth of each batch imaginary", "share 0.5": "half of each batch imaginary",
     "no candidates": "no looking ahead: one action imagined at each step of the later rounds",
     "kept 1": "one kept rollout a goal", "kept 5": "five kept rollouts a goal"}
+OTHER_SOURCES = {  # of the run "validation"
+    "bc": "real rollouts alone", "bc+relabel": "the control instead of imagined rollouts", "bc+both": "the control beside imagined rollouts"}
 GROUNDING_ABLATIONS = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
     "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",
     "brief, LoRA": "four pre-trained layers, LoRA of rank 64", "brief, all random": "four random layers and token embeddings"}
@@ -117,11 +119,11 @@ def quality_rows(quality, names):
             yield [f"*paper: {words}*", *(number(x) for x in report.PAPER_QUALITY[name])]
 
 
-def ablation_rows(folder, names):
+def ablation_rows(folder, names, method="bc+kalm"):
     for name, words in names.items():
         results = load(folder, name, "results.json")
         if results:
-            row = results["success"]["bc+kalm"]
+            row = results["success"][method]
             yield [words, *(number(row[v]["mean"]) for v in LEVELS), number(sum(row[v]["mean"] for v in NOVEL_LEVELS) / 3)]
 
 
@@ -141,8 +143,9 @@ def growth_rows(growth):
 
 def ablations(folder):
     """What each part is worth, in learning and in grounding: two tables of texts, {caption, header, rows}; missing runs leave no rows."""
-    return [{"caption": "Success of bc+kalm by what it learns from", "header": ["bc+kalm, validation goals", *LEVELS, "novel mean"],
-             "rows": list(ablation_rows(folder, LEARNING_ABLATIONS))},
+    return [{"caption": "Success of BC by what it learns from", "header": ["BC, validation goals", *LEVELS, "novel mean"],
+             "rows": [*ablation_rows(folder, LEARNING_ABLATIONS),
+                      *(row for method, words in OTHER_SOURCES.items() for row in ablation_rows(folder, {"validation": words}, method))]},
             {"caption": "Imagined rollouts by how the LLM was grounded: rate that meets the goal / that meets it in the physics",
              "header": ["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"],
              "rows": list(grounding_rows(folder, GROUNDING_ABLATIONS))}]
