@@ -92,7 +92,8 @@ def draw_policies(axes, curves):
         steps, losses = np.array(curve).T
         axes.plot(steps, losses, label=method, color=color_of(method), linestyle=LINES[method.partition("+")[0]])
     axes.set(title="offline RL", xlabel="step", ylabel="loss", yscale="log")
-    axes.legend(fontsize=7, framealpha=0, ncols=2)
+    axes.locator_params(axis="x", nbins=4)
+    axes.legend(fontsize=6, framealpha=0, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
 
 
 def success_figure(results):

@@ -289,7 +289,7 @@ def data_loading():
 
 
 def goal_encoding(steps=200):
-    """Encoding the goal texts of `--scale cpu`; a fiftieth of what six methods then take to learn from them."""
+    """Encoding the goal texts of `--scale cpu`; a fiftieth of what its eight methods then take to learn from them."""
     llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), 4)
     rng = np.random.default_rng(0)
     texts = list({g.text for g in env.sample_goals("offline", "train", 6000, rng)}) + [
@@ -299,7 +299,7 @@ def goal_encoding(steps=200):
     encoding, bc, cql = (in_turn(f, lambda: None, 2)[0] for f in (
         lambda: rl.encode_texts(texts, llm.base_model, tokenizer),
         *(lambda a=a: rl.learn(a, buffer, [], table, [0, 1, 2], config) for a in ("bc", "cql"))))
-    return encoding, 3 * (bc + cql) * 16000 / steps / 50
+    return encoding, 4 * (bc + cql) * 16000 / steps / 50
 
 
 # ------------------------------------------------------------------------------------------------------------------
