@@ -57,14 +57,14 @@ RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
 
 @dataclass(frozen=True)
 class Option:
-    """A command-line option of a stage; `values` holds one default for each of SCALES, or one for all."""
+    """A command-line option of a stage; `values` holds defaults for SCALES, the last one for the rest of them."""
     name: str
     stage: str
     values: tuple
     help: str
 
     def default(self, scale):
-        return self.values[SCALES.index(scale) if len(self.values) > 1 else 0]
+        return self.values[min(SCALES.index(scale), len(self.values) - 1)]
 
 
 OPTIONS = (
@@ -108,7 +108,7 @@ OPTIONS = (
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
-    Option("methods", "learn", (",".join(m for m in METHODS if "iql" not in m),),
+    Option("methods", "learn", (",".join(m for m in METHODS if "iql" not in m and "both" not in m), ",".join(m for m in METHODS if "iql" not in m)),
            "to learn and evaluate; bc, cql, iql with +relabel, +kalm, +both; llm"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),
@@ -139,7 +139,7 @@ def parse_options(arguments):
     add("--help", action="help", help="show this")
     for stage in STAGES:
         group = [o for o in OPTIONS if o.stage == stage]
-        section = parser.add_argument_group(f"{stage} (defaults: {' / '.join(SCALES)})") if group else None
+        section = parser.add_argument_group(f"{stage} (defaults: {' / '.join(SCALES)}; the last holds for the rest)") if group else None
         for option in group:
             section.add_argument(f"--{option.name}", type=type(option.values[0]), default=argparse.SUPPRESS, metavar="",
                                  help=f"{option.help} ({'/'.join(map(str, option.values))})")
