@@ -53,8 +53,8 @@ class KalmConfig(PretrainedConfig):
 class KalmOutput(ModelOutput):
     """loss: scalar; {text,action,state}_loss: its parts; task_losses: (4,) in the order of TASKS, 0 where absent.
 
-    state_pred: (B, L, observation_dim), the state that follows each position's current one; action_logits:
-    (B, L, num_actions); logits: (B, text_logits, vocabulary) where they were asked for.
+    state_pred: (B, L, observation_dim), the next state where it is asked for: before each state of `predict`, or without that after each
+    action; the current state elsewhere. action_logits: (B, L, num_actions); logits: (B, text_logits, vocabulary) where asked for.
     """
     loss: Optional[torch.Tensor] = None
     text_loss: Optional[torch.Tensor] = None
@@ -242,9 +242,11 @@ class KalmForRollouts(PreTrainedModel):
         if text_logits != 0:
             result.logits = self.backbone.get_output_embeddings()(hidden[:, -text_logits:] if text_logits else hidden)
         result.action_logits = self.action_head(hidden)
-        view, order = self.acted_view(input_ids, modality, states)
-        change = self.state_head(torch.cat([hidden, view.to(hidden.dtype)], -1)).unflatten(-1, (self.config.objects, -1))
-        change = change.take_along_dim(order.argsort(-1)[..., None], -2).flatten(-2).float()  # each object back in its place
+        asked = (modality == ACTION) if predict is None else F.pad((modality[:, 1:] == STATE) & predict[:, 1:], (0, 1))
+        view, order = self.acted_view(*(x[asked][None] for x in (input_ids, modality, states)))
+        told = self.state_head(torch.cat([hidden[asked][None], view.to(hidden.dtype)], -1)).unflatten(-1, (self.config.objects, -1))
+        change = torch.zeros_like(states, dtype=torch.float32)
+        change[asked] = told.take_along_dim(order.argsort(-1)[..., None], -2).flatten(-2)[0].float()  # each object back in its place
         result.state_pred = states + change * self.change_std
         if predict is not None:
             self._add_losses(result, hidden, change, input_ids, modality, states, predict, task)
