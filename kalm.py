@@ -48,6 +48,7 @@ WRITES = {"collect": ("rollouts/real",), "ground": ("grounded",), "learn": ("pol
 READS = {"collect": (), "ground": ("collect",), "imagine": ("collect", "ground"), "learn": ("collect", "imagine"),
          "evaluate": ("ground", "learn"), "report": ("ground", "imagine", "learn", "evaluate"), "act": ("ground", "learn")}
 METHODS = (*(f"{algorithm}{source}" for algorithm in ("bc", "cql", "iql") for source in ("", "+relabel", "+kalm", "+both")), "llm")
+DEFAULT_METHODS = tuple(",".join(m for m in METHODS if not any(w in m for w in left_out)) for left_out in (("iql", "both"), ("iql",)))
 SCALES = ("smoke", "cpu", "gpu", "paper")
 RELEASED = Path(__file__).resolve().parent / "data" / "adapter"
 
@@ -108,7 +109,7 @@ OPTIONS = (
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
     Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
-    Option("methods", "learn", (",".join(m for m in METHODS if "iql" not in m and "both" not in m), ",".join(m for m in METHODS if "iql" not in m)),
+    Option("methods", "learn", DEFAULT_METHODS,
            "to learn and evaluate; bc, cql, iql with +relabel, +kalm, +both; llm"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
     Option("episodes", "evaluate", (6, 200, 400, 400), "for each method, level and seed"),

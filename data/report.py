@@ -110,7 +110,8 @@ def curves_figure(log, curves):
 def svg(drawings, size, sharey=True, page=False):
     """Drawings, each a function of its axes, in one row: an SVG string, on white, or for the page without background."""
     style = {name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
-    with plt.rc_context({**style, "svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}):
+    look = {"svg.fonttype": "none", "svg.hashsalt": "kalm", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context({**style, **look}):
         figure, axes = plt.subplots(1, len(drawings), figsize=size, sharey=sharey, squeeze=False, layout="constrained")
         for draw, each in zip(drawings, axes[0]):
             draw(each)
