@@ -102,8 +102,8 @@ class KalmForRollouts(PreTrainedModel):
         features = config.observation_dim * (1 + 2 * len(config.frequencies))
         self.state_embedding = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, hidden))
         self.action_embedding = nn.Embedding(config.num_actions, hidden)
-        view = (2 - 1 / config.objects) * config.observation_dim * (1 + 2 * len(config.frequencies)) + config.num_actions // config.objects
-        self.state_head = nn.Sequential(nn.Linear(hidden + int(view), 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * width), nn.GELU(),
+        view = (2 * config.objects - 1) * features // config.objects + config.num_actions // config.objects
+        self.state_head = nn.Sequential(nn.Linear(hidden + view, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * width), nn.GELU(),
                                         nn.Linear(2 * width, config.observation_dim))
         self.action_head = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.num_actions))
         for name in ("observation_mean", "observation_std", "change_std"):

@@ -229,7 +229,7 @@ def bellman_loss(q, next_q, next_q_target, action, reward, done, discount):
 
 def conservative_loss(q, action):
     """Push Q down where no data is: E[logsumexp_a Q(s, a) - Q(s, a_data)] (Kumar et al., 2020, eq. 4). Returns (seeds,)."""
-    return -of_action(q.log_softmax(-1), action).mean(-1)  # log softmax is Q - logsumexp Q, in one operation
+    return imitation_loss(q, action)  # the cross entropy of Q as logits
 
 
 def expectile_loss(error, expectile):
