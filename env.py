@@ -323,6 +323,14 @@ def holds(d, direction):
     return np.take_along_axis(sectors, np.asarray(direction)[..., None], -1)[..., 0] & (np.linalg.norm(d, axis=-1) < NEAR)
 
 
+def relations_in(obs):
+    """All relations that hold in observations (N, 10): (M, 4) int64 rows of observation, source, target, direction."""
+    balls = obs.reshape(-1, len(COLORS), 2)
+    offsets = (balls[:, :, None] - balls[:, None])[:, :, :, None].repeat(len(DIRECTIONS), 3)
+    hold = holds(offsets, np.broadcast_to(np.arange(len(DIRECTIONS)), offsets.shape[:-1]))
+    return np.argwhere(hold & ~np.eye(len(COLORS), dtype=bool)[:, :, None])
+
+
 def pushes_toward(action, ball, direction):
     """Whether actions (...) push `ball` with a component toward `direction`."""
     along = (PUSH_VECTORS[action % 8] * DIRECTION_VECTORS[direction]).sum(-1)

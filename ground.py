@@ -1,10 +1,11 @@
 """Grounding: supervised fine-tuning of the LLM on the offline rollouts (paper, section 4.1).
 
-A rollouts dataset becomes examples of four tasks, packed into rows, and the Hugging Face Trainer does the rest:
+A rollouts dataset becomes examples of tasks, packed into rows, and the Hugging Face Trainer does the rest:
     dynamics      "what happens next" (s_t, a_t)               -> s_{t+1}
     explanation   "say what it did"   (s_0, a_0, ..., s_T)     -> text
     generation    goal text           (s_0)                    -> a_0, s_1, a_1, ..., s_T
     consequence   goal text           (s_0)                    -> s_T
+    description   "where are they"    s_t, two balls           -> text       (not the paper's: geometry without a behavior to guess it from)
 This file knows nothing of policies, and of CLEVR-Robot only how a goal is worded.
 """
 import collections
@@ -27,13 +28,15 @@ PROMPTS = {
     "explanation": "Explain what this rollout achieves.",
     "generation": "Goal: {goal}\nRollout:",
     "consequence": "Goal: {goal}\nFinal state:",
+    "description": "Tell where the balls are.",
 }
 OTHER_WORDS = {  # examples take turns among these and the one above, so that an answer does not hang on a wording
     "explanation": ("What did these actions accomplish?", "Say in words what has been done.", "Describe the outcome of this rollout.",
                     "Which goal does this behavior fulfil?", "Summarize the result for someone who did not watch."),
 }
+RELATIONS_PER_ROLLOUT = 3  # that `description` draws
 UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"  # never trained on, to ask for explanations with
-ROLLOUTS_PER_EXAMPLE = {"dynamics": 4, "explanation": 2, "generation": 6, "consequence": 6}  # share one prompt
+ROLLOUTS_PER_EXAMPLE = {"dynamics": 4, "explanation": 2, "generation": 6, "consequence": 6, "description": 6}  # share one prompt
 
 
 def text_ids(tokenizer, text):
@@ -82,6 +85,13 @@ def make_example(task, tokenizer, rollouts, wording=0):
             segments.append(rollout_positions(obs, actions) + text_positions([*answer, tokenizer.eos_token_id], predict=True))
         elif task == "generation":
             segments.append(rollout_positions(obs, actions, predict=True))
+        elif task == "description":
+            there = env.relations_in(obs)
+            for row in np.random.default_rng([wording, len(segments)]).permutation(len(there))[:RELATIONS_PER_ROLLOUT]:
+                step, *relation = there[row].tolist()
+                balls, direction = env.canonical_text(env.Goal("any", relations=(tuple(relation),))).split(",")
+                segments.append([(STATE, 0, obs[step], False), *text_positions(text_ids(tokenizer, f" {balls},")),
+                                 *text_positions(text_ids(tokenizer, direction), predict=True)])
         else:
             segments.append([(STATE, 0, obs[0], False), (STATE, 0, obs[-1], True)])
     positions = prompt + [p for segment in segments for p in segment]

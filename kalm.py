@@ -79,7 +79,7 @@ OPTIONS = (
     Option("lora_rank", "ground", (0, 64, 0, 0), "of the LoRA adapters to tune; 0: tune all weights"),
     Option("adapter", "ground", ("", "released", "", ""), "trained one to take: released (data/adapter) or a folder; '': train"),
     Option("adapter_steps", "ground", (0,), "gradient steps to train that adapter on"),
-    Option("tasks", "ground", (",".join(TASKS),), "grounding tasks, with commas between"),
+    Option("tasks", "ground", ("dynamics,explanation,generation,consequence",), "grounding tasks, with commas between; also: description"),
     Option("renamed_copies", "ground", (1,), "times the data come in a pass; from the second on, balls are renamed"),
     Option("ground_steps", "ground", (8, 3300, 6000, 40000), "gradient steps of training"),
     Option("batch_examples", "ground", (8, 32, 64, 24), "examples a step and process"),

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # modality of a position
 SEGMENTS = 1024  # at most so many segments in an example
-TASKS = ("dynamics", "explanation", "generation", "consequence")
+TASKS = ("dynamics", "explanation", "generation", "consequence", "description")
 
 
 class KalmConfig(PretrainedConfig):
@@ -51,7 +51,7 @@ class KalmConfig(PretrainedConfig):
 
 @dataclass
 class KalmOutput(ModelOutput):
-    """loss: scalar; {text,action,state}_loss: its parts; task_losses: (4,) in the order of TASKS, 0 where absent.
+    """loss: scalar; {text,action,state}_loss: its parts; task_losses: (5,) in the order of TASKS, 0 where absent.
 
     state_pred: (B, L, observation_dim), the next state where it is asked for: before each state of `predict`, or without that after each
     action; the current state elsewhere. action_logits: (B, L, num_actions); logits: (B, text_logits, vocabulary) where asked for.

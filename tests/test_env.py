@@ -170,6 +170,13 @@ def test_each_sector_owns_its_clockwise_edge_and_no_other():
     assert not any(env.holds(2 * circle, np.full(1001, way)).any() for way in range(4))
 
 
+def test_relations_in_states_are_those_that_a_loop_finds():
+    obs = np.random.default_rng(4).uniform(-0.4, 0.4, (30, 10))
+    expected = [[row, a, b, way] for row, balls in enumerate(obs.reshape(30, 5, 2)) for a in range(5) for b in range(5)
+                for way in range(4) if a != b and env.holds(balls[a] - balls[b], way)]
+    assert env.relations_in(obs).tolist() == expected and len(expected) > 60
+
+
 @pytest.mark.parametrize("push, moved, acted, imagined", [
     (2, 0.16, True, True), (5, 0.15, True, True), (2, 0.14, True, False), (2, -0.2, True, False),
     (0, 0.3, False, False), (1, 0.3, False, False)])

@@ -49,6 +49,27 @@ def test_each_task_lays_out_prompt_states_and_actions_as_documented(rollouts, ta
     assert (example["task"] == TASKS.index(task)).all()
 
 
+def test_a_description_names_two_balls_of_a_state_and_predicts_a_direction_that_holds(rollouts):
+    tokenizer = new_model(rollouts)[1]
+    prompt = len(tokenizer(ground.PROMPTS["description"])["input_ids"])
+    examples, said = [ground.make_example("description", tokenizer, rollouts[:6], wording=w) for w in range(20)], set()
+    for example in examples:
+        parts = [np.flatnonzero(example["segments"] == n) for n in range(1, example["segments"].max() + 1)]
+        assert example["segments"].tolist().count(0) == prompt
+        assert len(parts) == sum(min(ground.RELATIONS_PER_ROLLOUT, len(env.relations_in(r["observations"]))) for r in rollouts[:6])
+        for part in parts:
+            assert example["modality"][part].tolist() == [STATE] + [TEXT] * (len(part) - 1)
+            state, words, ahead = example["states"][part[0]], example["input_ids"][part[1:]].tolist(), example["predict"][part[1:]]
+            assert any((state == r["observations"]).all(-1).any() for r in rollouts[:6])
+            there = {env.canonical_text(env.Goal("any", relations=(tuple(r[1:]),))) for r in env.relations_in(state[None]).tolist()}
+            sentence, = [s for s in there if tokenizer(" " + s)["input_ids"] == words]
+            direction = tokenizer(sentence.split(",")[1])["input_ids"]
+            given = len(words) - len(direction)
+            assert words[given:] == direction and ahead.tolist() == [False] * given + [True] * len(direction)
+            said.add(sentence)
+    assert len(said) > 25 and {s.split(",")[1] for s in said} == {f" {w} it." for w in env.goal_patterns()["phrases"]["of"].values()}
+
+
 def test_every_rollout_is_in_every_task_once_and_shares_a_prompt_only_with_its_goal(rollouts):
     examples = ground.GroundingExamples(rollouts, new_model(rollouts)[1])
     assert len(examples) == len(examples.examples)
