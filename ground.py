@@ -69,9 +69,9 @@ def rollout_positions(observations, actions=(), predict=False):
 def make_example(task, tokenizer, rollouts, wording=0):
     """One grounding example as a dict of arrays over its L positions; the rollouts share the goal of the first.
 
-    rollouts: records (`env.rollout_record`); wording: which of the task's prompts, counted round. Returns input_ids, modality,
-    segments, position_ids, predict, task (L,) and states (L, 10), all as `KalmForRollouts.forward` takes them. Raises
-    ValueError where there are more segments than `SEGMENTS` allows.
+    rollouts: records (`env.rollout_record`); wording: which of the task's prompts, counted round, and the seed of what a task draws.
+    Returns input_ids, modality, segments, position_ids, predict, task (L,) and states (L, 10), all as `KalmForRollouts.forward`
+    takes them. Raises ValueError where there are more segments than `SEGMENTS` allows.
     """
     prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
     segments = []
@@ -87,8 +87,8 @@ def make_example(task, tokenizer, rollouts, wording=0):
             segments.append(rollout_positions(obs, actions, predict=True))
         elif task == "description":
             there = env.relations_in(obs)
-            for row in np.random.default_rng([wording, len(segments)]).permutation(len(there))[:RELATIONS_PER_ROLLOUT]:
-                step, *relation = there[row].tolist()
+            drawn = np.random.default_rng([wording, len(segments)]).permutation(len(there))[:RELATIONS_PER_ROLLOUT]
+            for step, *relation in there[drawn].tolist():
                 balls, direction = env.canonical_text(env.Goal("any", relations=(tuple(relation),))).split(",")
                 segments.append([(STATE, 0, obs[step], False), *text_positions(text_ids(tokenizer, f" {balls},")),
                                  *text_positions(text_ids(tokenizer, direction), predict=True)])
