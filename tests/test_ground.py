@@ -105,7 +105,7 @@ def test_packed_rows_unpack_to_the_same_examples(lengths, row_length):
 
 def test_copies_come_first_as_they_are_and_then_with_renamed_balls(rollouts):
     _, tokenizer = new_model(rollouts)
-    once, thrice = (ground.GroundingExamples(rollouts, tokenizer, copies=n, seed=3) for n in (1, 3))
+    once, thrice = (ground.GroundingExamples(rollouts, tokenizer, ("dynamics", "explanation", "generation"), n, seed=3) for n in (1, 3))
     assert len(thrice) == 3 * len(once)
     changed = 0
     for index in (0, 7, len(once) - 1):
