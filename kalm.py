@@ -108,7 +108,7 @@ OPTIONS = (
     Option("rl_batch", "learn", (32, 256, 256, 32), "transitions a step and seed"),
     Option("rl_learning_rate", "learn", (1e-3, 1e-3, 1e-3, 6.25e-5), "of the policies"),
     Option("conservative_weight", "learn", (1.0, 5.0, 5.0, 10.0), "alpha of CQL"),
-    Option("imaginary_share", "learn", (0.25, 0.25, 0.25, 0.5), "of each batch"),
+    Option("imaginary_share", "learn", (0.2, 0.2, 0.2, 0.5), "of each batch"),
     Option("methods", "learn", DEFAULT_METHODS,
            "to learn and evaluate; bc, cql, iql with +relabel, +kalm, +both; llm"),
     Option("seeds", "learn", (2, 3, 3, 3), "policies for each method"),
