@@ -21,6 +21,7 @@ from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
 HALF = ["--starts_per_goal", "8", "--step_starts", "20", "--rl_steps", "8000"]
 BRIEF = ["--ground_steps", "240", "--keep_layers", "4", "--lora_rank", "0", *ONE_ROUND]
+LONG = ["--ground_steps", "1800"]
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
 RUNS = {  # name: (parent, options, stages)
@@ -32,6 +33,7 @@ RUNS = {  # name: (parent, options, stages)
     "brief, half fresh": ("brief", ["--fresh_layers", "2"], ["ground", "imagine"]),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
     "brief, all random": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
+    **{f"long{what}": (f"brief{what}", LONG, ["ground", "imagine"]) for what in ("", ", half fresh", ", LoRA", ", all random")},
     "validation": ("main", ["--split", "validation", "--methods", "bc,bc+relabel,bc+kalm,bc+both", "--seeds", "2", "--self_check", "1", *HALF],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
