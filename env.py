@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium
@@ -515,9 +515,13 @@ def rename_balls(record, order):
     Text, relations, observations and actions change; `states` are dropped.
     """
     names = {color: COLORS[new] for color, new in zip(COLORS, order)}
+
+    def renamed(found):
+        new = names[found[0].lower()]
+        return new.capitalize() if found[0].istitle() else new
     observations = np.empty_like(record["observations"])
     observations.reshape(-1, 5, 2)[:, order] = record["observations"].reshape(-1, 5, 2)
-    return {**record, "goal": re.sub("|".join(COLORS), lambda found: names[found[0]], record["goal"]),
+    return {**record, "goal": re.sub(rf"\b({'|'.join(COLORS)})\b", renamed, record["goal"], flags=re.IGNORECASE),
             "relations": [[names[a], b and names[b], d] for a, b, d in record["relations"]], "observations": observations,
             "actions": np.asarray(order)[record["actions"] // 8] * 8 + record["actions"] % 8, "states": None}
 

@@ -6,7 +6,7 @@ A rollouts dataset becomes examples of tasks, packed into rows, and the Hugging 
     generation    goal text           (s_0)                    -> a_0, s_1, a_1, ..., s_T
     consequence   goal text           (s_0)                    -> s_T
     description   "where are they"    s_t, two balls           -> text       (not the paper's: geometry without a behavior to guess it from)
-This file knows nothing of policies, and of CLEVR-Robot only how a goal is worded.
+This file knows nothing of policies, and of CLEVR-Robot only words: of goals, of balls, of which way one lies from another.
 """
 import collections
 from pathlib import Path

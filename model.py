@@ -136,7 +136,8 @@ class KalmForRollouts(PreTrainedModel):
         """
         torch.manual_seed(seed)
         rms = llm.get_input_embeddings().weight.detach().float().square().mean().sqrt().item()
-        model = cls(KalmConfig(backbone_config=llm.config, embedding_rms=embedding_scale * rms, **config))
+        backbone = {**llm.config.to_dict(), "_name_or_path": ""}  # a folder of this machine is no part of it
+        model = cls(KalmConfig(backbone_config=backbone, embedding_rms=embedding_scale * rms, **config))
         model._copy_backbone(llm)
         return model
 

@@ -143,8 +143,8 @@ class Buffer:
 
 
 def sample_batch(real, imaginary, size, seeds, imaginary_share, generator):
-    """A batch (seeds, size) a seed, its first part from `real` and `imaginary_share` of it from each imaginary buffer in
-    equal parts; `imaginary` is a list of buffers, empty for real data alone."""
+    """A batch (seeds, size) a seed: `imaginary_share` of it from the buffers in the list `imaginary`, in equal parts, after the
+    rest from `real`; all of it from there if the list is empty."""
     counts = np.diff(np.linspace(0, round(size * imaginary_share), len(imaginary) + 1).astype(int)) if imaginary else []
     parts = [(real, size - sum(counts)), *zip(imaginary, counts)]
     drawn = [b.take(b.draw((seeds, n), generator)) for b, n in parts if n]

@@ -22,7 +22,7 @@ KALM (Pang et al., "Knowledgeable Agents by Offline Reinforcement Learning from 
 [arXiv 2404.09248](https://arxiv.org/abs/2404.09248)).
 
 - **States**: x, y in metres of the red, blue, green, purple and cyan ball (10 numbers). **Actions**: 0..39, ball * 8 + push direction.
-- **Data**: {rollouts} rollouts of a scripted expert in simulated physics (MuJoCo), {held_out} more held out.
+- **Data**: {data}.
 - **Training**: {training}.
 - **Limits**: it knows this table and these five balls. The next states that it imagines are kinder than physics.
 
@@ -51,11 +51,12 @@ def write(folder, metrics, options, config, counts):
 
     metrics: as in metrics.json; options: of grounding, a namespace; config: KalmConfig; counts: of rollouts, (trained on, held out).
     """
-    start = f"the adapter `{options.adapter}`, then " if options.adapter else ""
+    steps = options.adapter_steps if options.adapter else options.ground_steps
+    whose = f"rollouts of `{Path(options.data).name}`" if options.data else "rollouts of a scripted expert in simulated physics (MuJoCo)"
     layers = config.backbone_config.get_text_config().num_hidden_layers
     tuned, tasks = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights", options.tasks.replace(",", ", ")
-    training = (f"{start}{options.adapter_steps if options.adapter else options.ground_steps} steps of {options.batch_examples} examples, "
-                f"tuning {tuned}, tasks {tasks}, seed {options.seed}")
+    training = ", then ".join([f"the adapter `{options.adapter}` ({tuned})"] * bool(options.adapter) + [
+        f"{steps} steps of {options.batch_examples} examples, tuning {tuned}, tasks {tasks}, seed {options.seed}"] * bool(steps))
     base, license_name = BASES.get(options.llm, (options.llm, "other"))
     is_hub_name = base and not Path(base).exists()
     front = ["library_name: transformers", f"license: {license_name}", *(["license_name: of-the-base-model"] * (license_name == "other")),
@@ -63,7 +64,7 @@ def write(folder, metrics, options, config, counts):
     rows = [f"| {words} | {metrics[name]:.3f} |" for name, words in FIGURES.items() if name in metrics]
     text = CARD.format(
         front="\n".join(front), base=f"{f'`{base}`' if base else 'A random tiny language model, for tests'}, {layers} layers of it",
-        rollouts=counts[0], held_out=counts[1], training=training,
+        data=f"{counts[0]} {whose}, {counts[1]} more held out" if steps else "what the adapter was trained on", training=training,
         figures="\n".join(["| on held-out rollouts | |", "| --- | --- |", *rows, ""]),
         adapter=" What grounding added alone is in `adapter/`, as peft loads it." if (Path(folder) / "adapter").is_dir() else "",
         license_text="Apache-2.0, as the language model that it was made from." if license_name == "apache-2.0" else

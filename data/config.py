@@ -14,6 +14,7 @@ from data import store
 HEAD = "# To repeat this run: python kalm.py --config THIS_FILE --output_dir ANOTHER_FOLDER\n"
 WORDS = {int: "a whole number", float: "a number", str: "a text"}
 PATHS = ("llm", "encoder", "adapter", "goals", "data")  # options that may name a file or a folder
+NAMES = ("smollm2", "tiny", "llm", "released")  # values of these that never do
 
 
 def did_you_mean(name, names):
@@ -58,9 +59,14 @@ def read(path, types):
     return options
 
 
+def absolute_paths(values):
+    """{name: path} of the options that name a file or folder, so that they hold wherever a config.yaml is used."""
+    return {name: os.path.abspath(values[name]) for name in PATHS if values[name] not in ("", *NAMES) and os.path.exists(values[name])}
+
+
 def remember(options, records, done):
     """The options of a run's finished stages -> RUN/config.yaml, which `read` reads. Of stages that this command has not run,
-    those stay that the file had; names of files and folders become absolute, so that it holds wherever it is used.
+    those stay that the file had.
 
     options: a namespace with `run`, `stages`, `scale`, `seed` and a value for each of records, which have `name` and `stage`.
     """
@@ -71,7 +77,6 @@ def remember(options, records, done):
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         before = {}
     values = {r.name: getattr(options, r.name) for r in records}
-    values |= {name: os.path.abspath(values[name]) for name in PATHS if values[name] and os.path.exists(values[name])}
     values |= {r.name: before[r.name] for r in records if r.stage not in options.stages and r.name in before}
     with store.replacing(path) as aside:
         aside.write_text(HEAD + yaml.safe_dump({"stage": done, "scale": options.scale, "seed": options.seed, **values}, sort_keys=False,

@@ -2,8 +2,6 @@
 
 The columns are described in data/README.md. Nothing here knows where a rollout comes from or what it is for.
 """
-from pathlib import Path
-
 import datasets
 import numpy as np
 

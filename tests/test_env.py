@@ -403,6 +403,7 @@ def test_renamed_balls_do_as_before_under_their_new_names(rollouts):
     step = {**rollouts[0], "goal": "Push red left, red!", "kind": "step", "relations": [["red", None, "left"]]}
     assert env.rename_balls(step, order)["relations"] == [["green", None, "left"]]
     assert env.rename_balls(step, order)["goal"] == "Push green left, green!"
+    assert env.rename_balls({**step, "goal": "Red or red-hued, balls are scattered"}, order)["goal"] == "Green or green-hued, balls are scattered"
 
 
 def test_the_same_seed_gives_the_same_episode():

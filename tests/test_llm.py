@@ -149,4 +149,7 @@ def test_the_tiny_llm_follows_from_its_seed():
         return torch.cat([p.flatten() for p in llm.tiny(seed)[0].parameters()])
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
     tokenizer = llm.tiny(1)[1]
+    for relation in ((0, 1, 2), (4, 3, 1)):
+        said = env.canonical_text(env.Goal("any", relations=(relation,)))
+        assert env.read_relation(tokenizer.decode(tokenizer(said)["input_ids"])) == relation
     assert tokenizer.unk_token_id not in tokenizer("Put the red ball behind the cyan ball.")["input_ids"]

@@ -24,7 +24,7 @@ def test_every_run_has_valid_options_and_a_parent_that_comes_before_it(name):
 
 def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
     folder = tmp_path / "runs"
-    for name in ("main", "keep_all", "brief"):
+    for name in ("main", "keep_all", "brief", "long,_LoRA"):
         shutil.copytree(smoke_run, folder / name)
     path = folder / "keep_all" / "results.json"
     ablation = json.loads(path.read_text())
@@ -44,4 +44,5 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
     assert re.search(r"^\| `cql` \|.*\| \.617 ± \.023 \|", page, re.M)
     assert re.search(r"^\| kept: everything \|.*\| \.432 \|", page, re.M) and "half of each batch" not in page
     assert re.search(r"^\| four pre-trained layers, all four tasks \|", page, re.M) and "{" not in page
+    assert len(re.findall(r"^\| four pre-trained layers, LoRA of rank 64 \|", page, re.M)) == 1
     assert all((tmp_path / "docs" / name).read_text().startswith("<svg") for name in ("curves.svg", "success.svg"))
