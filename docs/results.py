@@ -38,6 +38,7 @@ RUNS = {  # name: (parent, options, stages)
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
     "brief, all random": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
     **{f"long{what}": (f"brief{what}", LONG, ["ground", "imagine"]) for what in ("", ", half fresh", ", LoRA", ", all random")},
+    **{f"{name}, seed 1": (name, ["--seed", "1"], ["collect", "ground", "imagine"]) for name in ("long", "long, all random")},
     "validation": ("main", ["--split", "validation", "--methods", "bc,bc+relabel,bc+kalm,bc+both", "--seeds", "2", "--self_check", "1", *HALF],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
@@ -61,7 +62,8 @@ OTHER_SOURCES = {  # of the run "validation"
 GROUNDING_ABLATIONS = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
     "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",
     "brief, LoRA": "four pre-trained layers, LoRA of rank 64", "brief, all random": "four random layers and token embeddings"}
-LONG_ABLATIONS = {name.replace("brief", "long"): words for name, words in GROUNDING_ABLATIONS.items() if name.replace("brief", "long") in RUNS}
+LONG_ABLATIONS = {name + seed: words + seed for name, words in {
+    name.replace("brief", "long"): words for name, words in GROUNDING_ABLATIONS.items()}.items() for seed in ("", ", seed 1") if name + seed in RUNS}
 
 
 GROUNDING_HEADER = ["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"]
