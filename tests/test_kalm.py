@@ -191,13 +191,13 @@ def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chos
     assert adapter_of("--adapter", "mine", "--adapter_steps", "5") == "mine"
     assert adapter_of("--adapter_steps", "5") == adapter_of("--report_to", "none") == "released"
     assert adapter_of("--data", str(tmp_path)) == ""  # the LLM is grounded in the user's rollouts
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert adapter_of("--adapter", "mine") == str(tmp_path / "mine")  # as --stage act finds it in config.yaml
     trained = {"options": kalm.stage_options("ground", kalm.parse_options(["--scale", "cpu", "--stage", "ground"]))}
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "kalm-run", "stages": {
         "collect": {"options": {}}, "ground": trained}}))
     assert adapter_of("--stage", "imagine") == ""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert adapter_of("--adapter", "mine") == str(tmp_path / "mine")  # as --stage act finds it in config.yaml
 
 
 # -------------------------------------------------------------------------------------------------- rounds of imagining
