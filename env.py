@@ -624,8 +624,9 @@ def draw(obs, caption="", action=None, size=256):
     return np.asarray(image.resize((size, size), Image.LANCZOS))
 
 
-def save_gif(path, rollout, frame_ms=350, size=256):
-    """A rollout record as an animated GIF; path may be a file name or a binary file."""
-    obs, actions = np.asarray(rollout["observations"]), [*rollout["actions"], None]
-    frames = [Image.fromarray(draw(o, action=None if a is None else int(a), size=size)) for o, a in zip(obs, actions)]
+def save_gif(path, *rollouts, captions=("",), frame_ms=350, size=256):
+    """Rollout records as an animated GIF, side by side, with a caption each; path may be a file name or a binary file."""
+    strips = [[draw(obs, caption, action, size) for obs, action in zip(record["observations"], [*map(int, record["actions"]), None])]
+              for caption, record in zip(captions, rollouts, strict=True)]
+    frames = [Image.fromarray(np.concatenate(pictures, 1)) for pictures in zip(*strips)]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:] + frames[-1:] * 3, duration=frame_ms, loop=0)

@@ -159,8 +159,7 @@ def parse_options(arguments):
     if (options.goal is None) == ("act" in options.stage):
         raise ValueError('--stage act takes a --goal in words, no other stage does: --stage act --goal "put red left of blue"')
     of_grounding = {o.name for o in OPTIONS if o.stage == "ground"} - {"adapter_steps", "report_to"}
-    options.adapter_is_settled = ("ground" in options.stage or getattr(options, "data", "") != ""
-                                  or any(hasattr(options, name) for name in of_grounding))
+    options.adapter_is_settled = "ground" in options.stage or bool(getattr(options, "data", "")) or any(hasattr(options, n) for n in of_grounding)
     if options.adapter_is_settled and not hasattr(options, "adapter"):
         options.adapter = ""
     for option in OPTIONS:
@@ -197,10 +196,9 @@ def check_values(options):
         raise ValueError(f"--keep {options.keep} with --dynamics_tolerance {options.dynamics_tolerance} needs --self_check 1")
     if options.imaginary_share >= 1:
         raise ValueError(f"--imaginary_share must be below 1, got {options.imaginary_share}: some of each batch is real")
-    sources, imaginary = 3 * (("+" in options.methods) + ("+both" in options.methods)), round(options.rl_batch * options.imaginary_share)
-    if options.imaginary_share and imaginary < sources:
-        raise ValueError(f"--rl_batch {options.rl_batch} with --imaginary_share {options.imaginary_share} leaves {imaginary} of a batch to "
-                         f"{sources} sources (each novel level, twice with +both); raise one of the two")
+    sources = len(env.NOVEL_LEVELS) * (("+" in options.methods) + ("+both" in options.methods))
+    if 0 < options.imaginary_share and (imaginary := round(options.rl_batch * options.imaginary_share)) < sources:
+        raise ValueError(f"--rl_batch times --imaginary_share is {imaginary} of a batch, for {sources} sources (levels, twice in +both); raise one")
     if options.visited_share > 1:
         raise ValueError(f"--visited_share must be at most 1, got {options.visited_share}")
     if max(options.candidates, options.step_candidates) > env.NUM_ACTIONS:
@@ -357,14 +355,15 @@ def ground_llm(options, state):
         metrics = {"log": metrics["log"] + [{**entry, "step": before + entry["step"]} for entry in log if "loss" in entry]}
     if not state.is_main_process:
         return
-    if steps or options.data:
+    is_measured = steps or options.data  # else the adapter's own figures stand
+    if is_measured:
         model.to(state.device)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=options.bf16):
             metrics.update(ground.evaluate(model, tokenizer, held_out))
             for name, prompt in (("explanation", ground.PROMPTS["explanation"]), ("unseen_prompt", ground.UNSEEN_PROMPT)):
                 figures = rollout.explanation_accuracy(held_out, rollout.explain(model, tokenizer, held_out, prompt))
                 metrics.update({f"{name}_{k}": v for k, v in figures.items()})
-    print(f"  held-out rollouts{'' if steps or options.data else ' of its training'}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k != "log"))
+    print(f"  held-out rollouts{'' if is_measured else ' of its training'}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k != "log"))
     with store.room_for(weights, options.run, "stage 'ground'"), store.replacing(options.run / "grounded") as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

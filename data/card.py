@@ -55,10 +55,11 @@ def write(folder, metrics, options, config, counts):
     whose = f"rollouts of `{Path(options.data).name}`" if options.data else "rollouts of a scripted expert in simulated physics (MuJoCo)"
     layers = config.backbone_config.get_text_config().num_hidden_layers
     tuned, tasks = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights", options.tasks.replace(",", ", ")
-    training = ", then ".join([f"the adapter `{options.adapter}` ({tuned})"] * bool(options.adapter) + [
+    training = ", then ".join([f"the adapter `{Path(options.adapter).name}` ({tuned})"] * bool(options.adapter) + [
         f"{steps} steps of {options.batch_examples} examples, tuning {tuned}, tasks {tasks}, seed {options.seed}"] * bool(steps))
     base, license_name = BASES.get(options.llm, (options.llm, "other"))
     is_hub_name = base and not Path(base).exists()
+    base = base if is_hub_name or not base else Path(base).name  # a folder of this machine is no name
     front = ["library_name: transformers", f"license: {license_name}", *(["license_name: of-the-base-model"] * (license_name == "other")),
              *([f"base_model: {base}"] if is_hub_name else []), "language: en", "tags: [kalm, robotics, offline-rl, clevr-robot]"]
     rows = [f"| {words} | {metrics[name]:.3f} |" for name, words in FIGURES.items() if name in metrics]

@@ -11,9 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -25,7 +22,7 @@ from env import LEVELS, NOVEL_LEVELS  # noqa: E402
 ONE_ROUND = ["--novel_goals", "160", "--starts_per_goal", "3", "--step_starts", "3", "--temperatures", "1", "--visited_share", "0"]
 HALF = ["--starts_per_goal", "8", "--step_starts", "20", "--rl_steps", "8000"]
 BRIEF = ["--ground_steps", "240", "--keep_layers", "4", "--lora_rank", "0", *ONE_ROUND]
-LONG = ["--ground_steps", "1800"]
+LONG, LONG_AGAIN = ("", ", half fresh", ", LoRA", ", all random"), ("long", "long, all random")  # brief ones at length; with a second seed
 JUDGED = {"matched": "goal met (the judge)", "explained": "own explanation fits the goal (no judge)", "both": "both", "all": "everything"}
 
 RUNS = {  # name: (parent, options, stages)
@@ -37,8 +34,8 @@ RUNS = {  # name: (parent, options, stages)
     "brief, half fresh": ("brief", ["--fresh_layers", "2"], ["ground", "imagine"]),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], ["ground", "imagine"]),
     "brief, all random": ("brief", ["--random_weights", "1"], ["ground", "imagine"]),
-    **{f"long{what}": (f"brief{what}", LONG, ["ground", "imagine"]) for what in ("", ", half fresh", ", LoRA", ", all random")},
-    **{f"{name}, seed 1": (name, ["--seed", "1"], ["collect", "ground", "imagine"]) for name in ("long", "long, all random")},
+    **{f"long{which}": (f"brief{which}", ["--ground_steps", "1800"], ["ground", "imagine"]) for which in LONG},
+    **{f"{name}, seed 1": (name, ["--seed", "1"], ["collect", "ground", "imagine"]) for name in LONG_AGAIN},
     "validation": ("main", ["--split", "validation", "--methods", "bc,bc+relabel,bc+kalm,bc+both", "--seeds", "2", "--self_check", "1", *HALF],
                    ["imagine", "learn", "evaluate"]),
     **{f"keep {name}": ("validation", ["--keep", name, "--methods", "bc+kalm"], ["learn", "evaluate"]) for name in list(JUDGED)[1:]},
@@ -62,10 +59,8 @@ OTHER_SOURCES = {  # of the run "validation"
 GROUNDING_ABLATIONS = {"brief": "four pre-trained layers, all four tasks", **{f"brief {x}": x for x in (
     "without dynamics", "without explanation", "without consequence")}, "brief, half fresh": "two pre-trained layers below two fresh ones",
     "brief, LoRA": "four pre-trained layers, LoRA of rank 64", "brief, all random": "four random layers and token embeddings"}
-LONG_ABLATIONS = {name + seed: words + seed for name, words in {
-    name.replace("brief", "long"): words for name, words in GROUNDING_ABLATIONS.items()}.items() for seed in ("", ", seed 1") if name + seed in RUNS}
-
-
+LONG_ABLATIONS = {f"long{which}": GROUNDING_ABLATIONS[f"brief{which}"] for which in LONG}
+LONG_ABLATIONS |= {f"{name}, seed 1": f"{LONG_ABLATIONS[name]}, seed 1" for name in LONG_AGAIN}
 GROUNDING_HEADER = ["match / executed", *LEVELS, "action accuracy", "state error", "source", "holds"]
 
 
@@ -169,7 +164,7 @@ def show_ablations(folder, options):
     return kalm.main([*options, "--stage", "report", "--force", "--output_dir", str(folder / "main")])
 
 
-def write_picture(folder, path, size=256):
+def write_picture(folder, path):
     """The picture of README.md: the first imagined rollout of a rephrased goal, five to eight actions long, whose actions fulfil it in the
     physics too, beside what they do there. Writes nothing where there is none."""
     for imagined in kalm.rollout.read_rollouts(folder / "main" / "rollouts" / "rephrase"):
@@ -181,10 +176,7 @@ def write_picture(folder, path, size=256):
                 break
     else:
         return
-    gap = np.full((size, 8, 3), 255, np.uint8)
-    frames = [Image.fromarray(np.concatenate([env.draw(left, "imagined", action, size), gap, env.draw(right, "executed", action, size)], 1))
-              for left, right, action in zip(imagined["observations"], played["observations"], [*map(int, actions), None])]
-    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:] + frames[-1:] * 3, duration=450, loop=0)
+    env.save_gif(path, imagined, played, captions=("imagined", "executed"), frame_ms=450)
     print(f"{path} shows: {imagined['goal']}")
 
 

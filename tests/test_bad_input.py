@@ -41,7 +41,7 @@ BAD_OPTIONS = {  # arguments, the content of mine.jsonl, what the message names
     "no episodes": (["--episodes", "0"], "", "--episodes"),
     "negative rate": (["--rl_learning_rate", "-0.1"], "", "--rl_learning_rate"),
     "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
-    "too little of a batch": (["--imaginary_share", "0.05"], "", "leaves 2 of a batch to 3 sources"),
+    "too little of a batch": (["--imaginary_share", "0.05"], "", "--rl_batch times --imaginary_share is 2 of a batch, for 3 sources"),
     "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
     "training on no adapter": (["--adapter_steps", "5"], "", "--adapter released"),
     "no adapter": (["--adapter", "photos"], "", "photos has no adapter_model.safetensors"),

@@ -448,3 +448,6 @@ def test_a_rollout_becomes_a_gif_with_a_frame_for_every_observation(tmp_path, ro
     env.save_gif(tmp_path / "rollout.gif", record, size=96)
     with Image.open(tmp_path / "rollout.gif") as gif:
         assert gif.format == "GIF" and gif.size == (96, 96) and gif.n_frames >= len(record["actions"]) + 1
+    env.save_gif(tmp_path / "two.gif", record, record, captions=("imagined", "executed"), size=96)
+    with Image.open(tmp_path / "two.gif") as gif:
+        assert gif.size == (192, 96) and gif.n_frames >= len(record["actions"]) + 1
