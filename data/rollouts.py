@@ -1,71 +1,125 @@
-"""Rollouts on disk: Hugging Face datasets of rollout records (`env.rollout_record`), one row a rollout, checked when they are read.
+"""Rollouts on disk: Hugging Face dataset folders, one row a rollout, checked when they are read.
 
-The columns are described in data/README.md. Nothing here knows where a rollout comes from or what it is for.
+The columns are described in data/README.md; a row is a rollout record (`env.rollout_record`).
+Nothing here knows where a rollout comes from or what it is for.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
+
 import datasets
 import numpy as np
+from datasets.table import table_cast
 
 import env
-from data import store
+from experiment import folder
 
-FEATURES = datasets.Features({
-    "goal": datasets.Value("string"), "level": datasets.Value("string"), "kind": datasets.Value("string"),
-    "relations": datasets.List(datasets.List(datasets.Value("string"))),
-    "observations": datasets.List(datasets.List(datasets.Value("float32"))),
-    "actions": datasets.List(datasets.Value("int64")), "rewards": datasets.List(datasets.Value("float32")),
-    "success": datasets.Value("bool"), "states": datasets.List(datasets.List(datasets.Value("float64"))),
-    "explanation": datasets.Value("string"), "dynamics_error": datasets.List(datasets.Value("float32"))})
+TEXT = datasets.Value("string")
+FLOATS = datasets.List(datasets.Value("float32"))
+FEATURES = datasets.Features(
+    goal=TEXT,
+    level=TEXT,
+    kind=TEXT,
+    relations=datasets.List(datasets.List(TEXT)),
+    observations=datasets.List(FLOATS),
+    actions=datasets.List(datasets.Value("int64")),
+    rewards=FLOATS,
+    success=datasets.Value("bool"),
+    states=datasets.List(datasets.List(datasets.Value("float64"))),
+    explanation=TEXT,
+    dynamics_error=FLOATS,
+)
 OPTIONAL = ("states", "explanation", "dynamics_error")
+ARRAYS = {
+    "observations": np.float32,
+    "actions": np.int64,
+    "rewards": np.float32,
+    "states": np.float64,
+    "dynamics_error": np.float32,
+}
 
 
-def write_rollouts(path, records):
+def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
     """Write rollout records as a Hugging Face dataset folder, aside and then renamed."""
-    columns = {k: [v.tolist() if isinstance(v := r.get(k), np.ndarray) else v for r in records] for k in FEATURES}
-    with store.replacing(path) as aside:
+    columns = {}
+    for name in FEATURES:
+        values = [record.get(name) for record in records]
+        columns[name] = [v.tolist() if isinstance(v, np.ndarray) else v for v in values]
+    with folder.replacing(path) as aside:
         datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
 
 
-def read_rollouts(path):
-    """Rollout records of a dataset folder, checked: shapes, finite numbers, actions in range, goals that can be judged.
+def read_rollouts(path: str | Path, world: env.World, with_states: bool = False) -> list[dict]:
+    """Rollout records of a dataset folder, each checked by `check_record`.
 
-    `states` are left on disk. Raises ValueError that names the folder, the row and the field.
+    States are large and stay on disk unless they are wanted. Lists of a fixed size, Array2D
+    columns and columns that are null throughout are taken too. Raises ValueError that names the
+    folder, the row and the field.
     """
-    try:
-        data = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise ValueError(f"{path} is not a rollouts dataset ({str(error).splitlines()[0]})") from None
-    needed = [name for name in FEATURES if name not in OPTIONAL]
-    missing = [name for name in needed if name not in data.column_names]
-    if missing:
-        raise ValueError(f"{path}: column {missing[0]!r} is missing; data/README.md describes the format")
-    records = data.select_columns([*needed, *(c for c in OPTIONAL[1:] if c in data.column_names)]).to_list()
-    for number, record in enumerate(records):
-        try:
-            record["observations"] = np.array(record["observations"], np.float32).reshape(len(record["observations"]) or 1, -1)
-            record["actions"] = np.array(record["actions"], np.int64)
-            record["rewards"] = np.array(record["rewards"], np.float32)
-            if record.get("dynamics_error") is not None:
-                record["dynamics_error"] = np.array(record["dynamics_error"], np.float32)
-            check_record(record)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+    records = []
+    for batch in _read_table(Path(path), with_states).to_batches(max_chunksize=1000):
+        for record in batch.to_pylist():
+            try:
+                for name in ARRAYS:
+                    if record.get(name) is not None:
+                        record[name] = np.array(record[name], ARRAYS[name])
+                check_record(record, world)
+            except (ValueError, TypeError) as error:  # TypeError: null among numbers
+                raise ValueError(f"{path}, row {len(records)}: {error}") from None
+            records.append(record)
     if not records:
         raise ValueError(f"{path}: the dataset has no rows")
     return records
 
 
-def check_record(record):
+def _read_table(path, with_states):
+    """The columns of a dataset folder that we know, in our types. Arrow data, and no code."""
+    wanted = [name for name in FEATURES if with_states or name != "states"]
+    try:
+        data = datasets.load_from_disk(str(path)).with_format("arrow")
+        present = [name for name in wanted if name in data.column_names]
+        schema = datasets.Features({name: FEATURES[name] for name in present}).arrow_schema
+        table = table_cast(data.select_columns(present)[:], schema)
+    except Exception as error:  # what the library meets in a folder that is not its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a rollouts dataset ({reason})") from None
+    for name in wanted:
+        if name not in (*present, *OPTIONAL):
+            raise ValueError(f"{path}: column {name!r} is missing; data/README.md has the format")
+    return table
+
+
+def is_imagined(record: dict) -> bool:
+    """Whether a model wrote a rollout: it is of a novel goal, and no physics has states for it."""
+    return record["level"] != "offline" and record.get("states") is None
+
+
+def check_record(record: dict, world: env.World) -> None:
     """Raise ValueError that says what is wrong with a rollout record, if anything is."""
-    steps = len(record["actions"])
+    steps = np.size(record["actions"]) if record["actions"] is not None else 0
     if steps == 0:
         raise ValueError("a rollout needs at least one action")
-    for field, shape in (("observations", (steps + 1, env.OBSERVATION_DIM)), ("rewards", (steps,))):
-        if record[field].shape != shape:
-            raise ValueError(f"{field} must have shape {shape} for {steps} actions, got {record[field].shape}")
-        if not np.isfinite(record[field]).all():
+    shapes = {
+        "observations": (steps + 1, world.observation_dim),
+        "actions": (steps,),
+        "rewards": (steps,),
+        "states": (steps + 1, world.state_dim),
+        "dynamics_error": (steps,),
+    }
+    for field, shape in shapes.items():
+        values = record.get(field)
+        if values is None and field in OPTIONAL:
+            continue
+        found = np.shape(values)
+        if found != shape:
+            raise ValueError(f"{field} must have shape {shape} for {steps} actions, got {found}")
+        if not np.isfinite(values).all():
             raise ValueError(f"{field} has NaN or infinite values")
-    if record["actions"].min() < 0 or record["actions"].max() >= env.NUM_ACTIONS:
-        raise ValueError(f"actions must be in 0..{env.NUM_ACTIONS - 1}, got {record['actions'].min()}..{record['actions'].max()}")
+    least, most = record["actions"].min(), record["actions"].max()
+    if least < 0 or most >= world.num_actions:
+        raise ValueError(f"actions must be in 0..{world.num_actions - 1}, got {least}..{most}")
     if not isinstance(record["success"], bool):
         raise ValueError(f"success must be true or false, got {record['success']!r}")
-    env.goal_of(record)
+    if record["relations"] is None:
+        raise ValueError("relations must be a list, got null")
+    world.check_goal(env.goal_of(record))

@@ -1,17 +1,25 @@
-"""Offline RL: losses and updates by hand, buffers and batches, relabelling, goal encodings, policies on disk."""
+"""Offline RL: updates and losses by hand, snapshots, policies on disk, methods and options."""
+
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
+from transformers import HfArgumentParser
 
-import env
 import rl
-from data import llm
+from data import finite
 
 TEXTS = ["Put red behind blue.", "Move green left.", "Gather all balls."]
+ACTIONS = 40
+SCALE = 0.3  # of observations
+LEARNED = ("bc", "cql", "iql", "awac")
 
 
 def toy_table(width=4):
-    return rl.GoalTable(TEXTS, torch.randn(len(TEXTS), width, generator=torch.Generator().manual_seed(0)))
+    table = torch.randn(len(TEXTS), width, generator=torch.Generator().manual_seed(0))
+    return rl.GoalTable(TEXTS, table)
 
 
 def toy_record(obs, actions, rewards, success, text=TEXTS[0]):
@@ -22,11 +30,19 @@ def toy_record(obs, actions, rewards, success, text=TEXTS[0]):
 def random_records(n, seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 5, n)
-    return [toy_record(rng.normal(0, 0.3, (t + 1, 10)), rng.integers(40, size=t), rng.normal(0, 50, t), bool(rng.random() < 0.5),
-                          TEXTS[i % 3]) for i, t in enumerate(lengths)]
+    return [toy_record(rng.normal(0, 0.3, (t + 1, 10)), rng.integers(ACTIONS, size=t),
+                       rng.normal(0, 50, t), bool(rng.random() < 0.5), TEXTS[i % 3])
+            for i, t in enumerate(lengths)]
 
 
-# ------------------------------------------------------------------------------------------------------------ updates
+# ---------------------------------------------------------------------------------------- updates
+
+
+def layers_of(network, seed_index=0):
+    numbers = network.flat.detach().double()
+    parts = [part[seed_index].numpy() for part in network.parts(numbers)]
+    return list(zip(parts[::2], parts[1::2]))
+
 
 def forward(layers, x):
     """Activations before each layer, and the output, of an MLP [(w, b), ...] in float64."""
@@ -48,299 +64,337 @@ def backward(layers, seen, slope):
     return gradients
 
 
-def by_hand(algorithm, config, seed_index, batches, start, table):
-    """Train one seed with numpy: double-DQN target, conservative loss or cross entropy, AdamW, cosine, Polyak."""
-    layers = [(w[seed_index].astype(float), b[seed_index].astype(float)) for w, b in start]
-    target, mean, square = [tuple(x.copy() for x in wb) for wb in layers], 0, 0
-    for step, batch in enumerate(batches):
-        obs, goal, action, reward, next_obs, done = (x[seed_index].numpy().astype(float) for x in batch)
-        goal, action, rows = goal.astype(int), action.astype(int), np.arange(len(obs))
-        seen, q = forward(layers, np.hstack([obs / 0.3, table[goal]]))
-        chances = np.exp(q) / np.exp(q).sum(1, keepdims=True)
-        slope = (chances - np.eye(40)[action]) / len(obs)  # of the cross entropy, and of logsumexp Q - Q(a)
-        if algorithm == "cql":
-            ahead = np.hstack([next_obs / 0.3, table[goal]])
-            best = forward(layers, ahead)[1].argmax(1)
-            wanted = config.reward_scale * reward + config.discount * (1 - done) * forward(target, ahead)[1][rows, best]
-            slope *= config.conservative_weight
-            slope[rows, action] += 2 * (q[rows, action] - wanted) / len(obs)
-        layers, mean, square = adamw(layers, backward(layers, seen, slope), mean, square, step, config)
-        target = polyak(target, layers, config)
-    return layers
-
-
 def adamw(layers, gradients, mean, square, step, config):
     """One step down the gradients with the cosine's learning rate: the new layers and moments."""
     gradient = np.concatenate([g.ravel() for wb in gradients for g in wb])
-    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient ** 2
-    change = (mean / (1 - 0.9 ** (step + 1))) / (np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8)
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+    deviation = np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
+    change = mean / (1 - 0.9 ** (step + 1)) / deviation
     lr, used, stepped = config.lr * (1 + np.cos(np.pi * step / config.steps)) / 2, 0, []
     for wb in layers:
         new = []
         for x in wb:
-            new.append(x - lr * config.weight_decay * x - lr * change[used:used + x.size].reshape(x.shape))
+            moved = lr * change[used:used + x.size].reshape(x.shape)
+            new.append(x - lr * config.weight_decay * x - moved)
             used += x.size
         stepped.append(tuple(new))
     return stepped, mean, square
 
 
-def polyak(target, layers, config):
-    return [tuple(t + config.target_update * (x - t) for t, x in zip(*pair)) for pair in zip(target, layers)]
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(1, keepdims=True)
 
 
-def iql_by_hand(config, seed_index, batches, start, table):
-    """Train one seed's policy with numpy: expectile regression of V, Q to r + gamma V, weighted imitation."""
-    policy, critic, value = ([(w[seed_index].astype(float), b[seed_index].astype(float)) for w, b in of] for of in start)
-    target, moments = critic, [(0, 0)] * 3
+def by_hand(algorithm, config, seed_index, batches, networks, table):
+    """The layers that act after some updates of {name: layers} in numpy, one seed."""
+    moments, target = dict.fromkeys(networks, (0, 0)), networks["critic"]
     for step, batch in enumerate(batches):
-        obs, goal, action, reward, next_obs, done = (x[seed_index].numpy().astype(float) for x in batch)
-        goal, action, rows = goal.astype(int), action.astype(int), np.arange(len(obs))
-        now, ahead = np.hstack([obs / 0.3, table[goal]]), np.hstack([next_obs / 0.3, table[goal]])
-        (seen_policy, logits), (seen_q, q), (seen_v, v) = (forward(layers, now) for layers in (policy, critic, value))
-        advantage = forward(target, now)[1][rows, action] - v[:, 0]
-        times = [min(np.exp(config.advantage_weight * a), 100) for a in advantage]
-        policy_slope = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(40)[action]) * np.array(times)[:, None] / len(obs)
-        q_slope = np.zeros_like(q)
-        wanted = config.reward_scale * reward + config.discount * (1 - done) * forward(value, ahead)[1][:, 0]
-        q_slope[rows, action] = 2 * (q[rows, action] - wanted) / len(obs)
-        v_slope = np.array([-2 * (config.expectile if a > 0 else 1 - config.expectile) * a for a in advantage])[:, None] / len(obs)
-        stepped = []
-        for i, (layers, seen, slope) in enumerate(((policy, seen_policy, policy_slope), (critic, seen_q, q_slope), (value, seen_v, v_slope))):
-            layers, *moments[i] = adamw(layers, backward(layers, seen, slope), *moments[i], step, config)
-            stepped.append(layers)
-        policy, critic, value = stepped
-        target = polyak(target, critic, config)
-    return policy
+        obs, goal, action, reward, next_obs, done = (x[seed_index].numpy() for x in batch)
+        now = np.hstack([obs / SCALE, table[goal]]).astype(float)
+        ahead = np.hstack([next_obs / SCALE, table[goal]]).astype(float)
+        n, rows, taken = len(obs), np.arange(len(obs)), np.eye(ACTIONS)[action]
+        seen = {name: forward(layers, now)[0] for name, layers in networks.items()}
+        logits, q, v = (forward(networks[x], now)[1] for x in ("policy", "critic", "value"))
+        next_logits, next_q, next_v = (
+            forward(networks[name], ahead)[1] for name in ("policy", "critic", "value"))
+        next_target, slopes = forward(target, ahead)[1], {}
+        if algorithm == "bc":
+            slopes["policy"] = (softmax(logits) - taken) / n
+        if algorithm == "cql":  # double DQN
+            next_value = next_target[rows, next_q.argmax(1)]
+        if algorithm == "iql":
+            next_value = next_v[:, 0]
+            advantage = forward(target, now)[1][rows, action] - v[:, 0]
+            tau = np.where(advantage > 0, config.expectile, 1 - config.expectile)
+            slopes["value"] = (-2 * tau * advantage / n)[:, None]
+        if algorithm == "awac":
+            next_value = (softmax(next_logits) * next_target).sum(1)
+            advantage = q[rows, action] - (softmax(logits) * q).sum(1)
+        if algorithm != "bc":
+            wanted = config.reward_scale * reward + config.discount * (1 - done) * next_value
+            slopes["critic"] = 2 * taken * (q[rows, action] - wanted)[:, None] / n
+        if algorithm == "cql":
+            slopes["critic"] += config.conservative_weight * (softmax(q) - taken) / n
+        if algorithm in ("iql", "awac"):
+            times = np.minimum(np.exp(config.advantage_weight * advantage), 100)
+            slopes["policy"] = (softmax(logits) - taken) * times[:, None] / n
+        for name, slope in slopes.items():
+            gradients = backward(networks[name], seen[name], slope)
+            layers, *moments[name] = adamw(networks[name], gradients, *moments[name], step, config)
+            networks = {**networks, name: layers}
+        target = [tuple(t + config.target_update * (x - t) for t, x in zip(*pair))
+                  for pair in zip(target, networks["critic"])]
+    return networks["critic" if algorithm == "cql" else "policy"]
 
 
-@pytest.mark.parametrize("algorithm", ("bc", "cql", "iql"))
+@pytest.mark.parametrize("algorithm", LEARNED)
 def test_updates_equal_the_ones_computed_by_hand(algorithm):
     table, seeds = toy_table(), [3, 8]
     real, imaginary = (rl.Buffer(random_records(9, seed), table) for seed in (0, 1))
-    config = rl.RLConfig(steps=3, batch=12, lr=0.02, width=8, weight_decay=0.1, discount=0.9, conservative_weight=0.7, reward_scale=0.02,
-                         target_update=0.3, expectile=0.8, advantage_weight=4)
-    start, value = ([(w.detach().numpy(), b.detach().numpy()) for w, b in zip(first.weights, first.biases)]
-                    for first in (rl.SeededMLP(seeds, [14, 8, 8, outputs]) for outputs in (40, 1)))
+    config = rl.RLConfig(
+        steps=3, batch=12, lr=0.02, width=8, weight_decay=0.1, discount=0.9, reward_scale=0.02,
+        conservative_weight=0.7, target_update=0.3, expectile=0.8, advantage_weight=4,
+        imaginary_share=0.5, observation_scale=SCALE)
     generator = torch.Generator().manual_seed(sum(seeds) + 17)
     batches = [rl.sample_batch(real, [imaginary], 12, 2, 0.5, generator) for _ in range(3)]
-    network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config)
+    network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config, ACTIONS)
     assert [step for step, *_ in curve] == [0, 1, 2]
-    for seed_index in range(2):
-        inputs = config, seed_index, batches, table.table.numpy().astype(float)
-        expected = iql_by_hand(*inputs[:3], (start, start, value), inputs[3]) if algorithm == "iql" else by_hand(
-            algorithm, *inputs[:3], start, inputs[3])
-        for layer, (w, b) in enumerate(expected):
-            np.testing.assert_allclose(network.weights[layer][seed_index].detach(), w, atol=2e-5)
-            np.testing.assert_allclose(network.biases[layer][seed_index].detach(), b, atol=2e-5)
+    for seed_index, seed in enumerate(seeds):
+        starts = {name: layers_of(rl.SeededMLP([seed], [14, 8, 8, outputs])) for name, outputs in
+                  (("policy", ACTIONS), ("critic", ACTIONS), ("value", 1))}
+        expected = by_hand(algorithm, config, seed_index, batches, starts, table.table.numpy())
+        for found, wanted in zip(layers_of(network, seed_index), expected):
+            np.testing.assert_allclose(found[0], wanted[0], atol=2e-5)
+            np.testing.assert_allclose(found[1], wanted[1], atol=2e-5)
 
 
 def test_losses_of_two_transitions_solved_on_paper():
-    q = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]])                     # one seed, two transitions, three actions
-    next_q, next_q_target = torch.tensor([[[0.0, 5.0, 1.0]] * 2]), torch.tensor([[[9.0, 2.0, 7.0]] * 2])
-    action, reward, done = torch.tensor([[1, 0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]])
-    # targets: 3 + .5 * Q_target(s', argmax Q(s') = 1) = 4, and 4 at the end; errors 2 - 4 and 0 - 4
-    assert rl.bellman_loss(q, next_q, next_q_target, action, reward, done, 0.5).tolist() == [(4 + 16) / 2]
-    expected = ((np.log(np.e + np.e ** 2 + 1) - 2) + np.log(3)) / 2
+    q = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]])  # a seed, two transitions, three actions
+    next_q = torch.tensor([[[0.0, 5.0, 1.0]] * 2])
+    next_q_target = torch.tensor([[[9.0, 2.0, 7.0]] * 2])
+    action = torch.tensor([[1, 0]])
+    reward, done = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]])
+    # targets: 3 + .5 * Q_target(s', argmax Q(s') = 1) = 4, and 4 at the end; errors 2 - 4, 0 - 4
+    next_value = rl.of_action(next_q_target, next_q.argmax(-1))
+    batch = rl.Batch(None, None, action, reward, None, done)
+    assert rl.bellman_loss(q, batch, next_value, 0.5).tolist() == [(4 + 16) / 2]
+    expected = ((np.log(np.e + np.e**2 + 1) - 2) + np.log(3)) / 2
     assert rl.conservative_loss(q, action).tolist() == pytest.approx([expected])
     assert rl.imitation_loss(q, action).tolist() == pytest.approx([expected])
 
 
 def test_the_value_that_an_expectile_loss_settles_on_solved_on_paper():
-    # over Q = 0, 0, 4 the 0.8-expectile solves .8 (4 - v) = .2 (v + v), so v = 8/3; the 0.5-expectile is their mean
+    # over Q = 0, 0, 4 the 0.8-expectile solves .8 (4 - v) = .2 (v + v): 8/3; the 0.5-one is 4/3
     q = torch.tensor([[0.0, 0.0, 4.0]] * 2)
-    v, expectile = torch.tensor([[8 / 3], [4 / 3]], requires_grad=True), torch.tensor([[0.8], [0.5]])
-    loss = rl.expectile_loss(q - v, expectile)
-    assert loss.tolist() == pytest.approx([(0.2 * 2 * (8 / 3) ** 2 + 0.8 * (4 / 3) ** 2) / 3, 0.5 * (2 * 16 / 9 + 64 / 9) / 3])
+    v = torch.tensor([[8 / 3], [4 / 3]], requires_grad=True)
+    loss = rl.expectile_loss(q - v, torch.tensor([[0.8], [0.5]]))
+    expected = (0.4 * (8 / 3) ** 2 + 0.8 * (4 / 3) ** 2) / 3, 0.5 * (2 * 16 / 9 + 64 / 9) / 3
+    assert loss.tolist() == pytest.approx(expected)
     loss.sum().backward()
     np.testing.assert_allclose(v.grad, np.zeros((2, 1)), atol=1e-6)
 
 
 def test_better_actions_are_imitated_more_and_none_more_than_a_hundred_times():
     logits, action = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
-    loss = rl.advantage_weighted_loss(logits, action, torch.tensor([[0.0, np.log(2) / 5, 9.0]]), 5.0)
+    advantage = torch.tensor([[0.0, np.log(2) / 5, 9.0]])
+    loss = rl.advantage_weighted_loss(logits, action, advantage, 5.0)
     assert loss.tolist() == pytest.approx([np.log(4) * (1 + 2 + 100) / 3], rel=1e-5)
 
 
 def test_seeds_train_together_but_apart():
-    table = toy_table()
-    network, _ = rl.learn("cql", rl.Buffer(random_records(9), table), [], table.table, [0, 1], rl.RLConfig(steps=4, batch=16, width=6))
-    assert [tuple(w.shape) for w in network.weights] == [(2, 14, 6), (2, 6, 6), (2, 6, 40)]
+    buffer, table = rl.Buffer(random_records(9), toy_table()), toy_table().table
+    config = rl.RLConfig(steps=4, batch=16, width=6)
+    network, _ = rl.learn("cql", buffer, [], table, [0, 1], config, ACTIONS)
+    assert network.shapes == [(14, 6), (1, 6), (6, 6), (1, 6), (6, ACTIONS), (1, ACTIONS)]
     x = torch.randn(2, 5, 14)
     with torch.no_grad():
-        together, = network(x[..., 10:], x[..., :10])
-        for seed in range(2):
-            _, alone = forward([(w[seed].numpy(), b[seed].numpy()) for w, b in zip(network.weights, network.biases)], x[seed].numpy())
-            np.testing.assert_allclose(together[seed], alone, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(network.weights[0][0], network.weights[0][1])
-    same = rl.SeededMLP([1, 0], [14, 6, 40]), rl.SeededMLP([0, 1], [14, 6, 40])
-    assert torch.equal(same[0].weights[0][0], same[1].weights[0][1])  # a seed's start does not depend on its company
+        (together,) = network(x[..., 10:], x[..., :10])
+    for seed in range(2):
+        _, alone = forward(layers_of(network, seed), x[seed].numpy())
+        np.testing.assert_allclose(together[seed], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(network.flat[0], network.flat[1])
+    one, other = rl.SeededMLP([1, 0], [14, 6, ACTIONS]), rl.SeededMLP([0, 1], [14, 6, ACTIONS])
+    assert torch.equal(one.flat[0], other.flat[1])  # a seed's start does not depend on its company
 
 
 def accuracy(algorithm, records, wanted, obs, **options):
     """How often the policy learned from records picks the wanted action."""
-    table = toy_table()
-    network, _ = rl.learn(algorithm, rl.Buffer(records, table), [], table.table, [0], rl.RLConfig(batch=64, width=32, lr=3e-3, **options))
-    return (rl.policy_of(network, 0, table.table, np.zeros(len(obs), int))(obs, np.arange(len(obs))) == wanted).mean()
+    table, rows = toy_table(), np.arange(len(obs))
+    config = rl.RLConfig(batch=64, width=32, lr=3e-3, observation_scale=SCALE, **options)
+    buffer = rl.Buffer(records, table)
+    network, _ = rl.learn(algorithm, buffer, [], table.table, [0], config, ACTIONS)
+    act = rl.policy_of(network, 0, table.table, np.zeros(len(obs), int), SCALE)
+    return (act(obs, rows) == wanted).mean()
 
 
 @pytest.mark.parametrize("bf16", (False, True))
-def test_bc_imitates_and_cql_and_iql_prefer_what_is_rewarded(bf16):
+def test_bc_imitates_and_the_others_prefer_what_is_rewarded(bf16):
     rng = np.random.default_rng(0)
     obs = rng.uniform(-0.5, 0.5, (600, 10)).astype(np.float32)
     good = np.where(obs[:, 0] > 0, 3, 8)
     taken = np.where(rng.random(600) < 0.4, good, 20)
-    mixed = [toy_record([o, o], [a], [100.0 if a != 20 else 0.0], a != 20) for o, a in zip(obs, taken)]
+    mixed = [toy_record([o, o], [a], [100.0 * (a != 20)], a != 20) for o, a in zip(obs, taken)]
     clean = [toy_record([o, o], [a], [0.0], False) for o, a in zip(obs, good)]
     assert accuracy("bc", clean, good, obs, steps=300, bf16=bf16) > 0.95
-    assert accuracy("bc", mixed, good, obs, steps=300, bf16=bf16) < 0.5  # most of the data does something else
-    assert accuracy("cql", mixed, good, obs, steps=400, conservative_weight=0.1, discount=0.5, bf16=bf16) > 0.9
-    assert accuracy("iql", mixed, good, obs, steps=400, discount=0.5, bf16=bf16) > 0.9
+    assert accuracy("bc", mixed, good, obs, steps=300, bf16=bf16) < 0.5  # most do something else
+    for algorithm, options in (("cql", {"conservative_weight": 0.1}), ("iql", {}), ("awac", {})):
+        options = {"steps": 400, "discount": 0.5, "bf16": bf16, **options}
+        assert accuracy(algorithm, mixed, good, obs, **options) > 0.9, algorithm
 
 
-# ------------------------------------------------------------------------------------------------------------ buffers
-
-def test_a_balanced_buffer_draws_each_goal_alike_and_each_of_its_transitions_alike():
-    records = [r for r in random_records(40) if r["goal"] != TEXTS[2]] + random_records(3)[2:]
-    for balanced in (False, True):
-        buffer = rl.Buffer(records, toy_table(), balanced=balanced)
-        rows = buffer.draw((2, 20000), torch.Generator().manual_seed(0))
-        assert rows.shape == (2, 20000)
-        drawn = torch.bincount(rows.flatten(), minlength=len(buffer)) / rows.numel()
-        sizes = torch.bincount(buffer.goal)
-        expected = 1 / (3 * sizes[buffer.goal]) if balanced else torch.full((len(buffer),), 1 / len(buffer))
-        assert sizes.max() > 5 * sizes.min()
-        torch.testing.assert_close(drawn, expected, rtol=0.25, atol=1e-3)
+# ------------------------------------------------------------------ snapshots, what is not finite
 
 
-def test_balancing_and_dropping_keep_transitions_whole():
-    records = random_records(30)
-    for r in records:
-        r["dynamics_error"] = np.abs(r["observations"][:-1, 0])
-
-    def transitions(buffer):
-        return sorted(tuple(torch.cat([x.reshape(1, -1).float() for x in buffer.take(torch.tensor(i))], 1)[0].tolist())
-                      for i in range(len(buffer)))
-    plain, balanced = (rl.Buffer(records, toy_table(), balanced=b) for b in (False, True))
-    assert transitions(plain) == transitions(balanced) and len(plain) == sum(len(r["actions"]) for r in records)
-    believed = rl.Buffer(records, toy_table(), balanced=True, dynamics_tolerance=0.2)
-    assert 0 < len(believed) < len(plain)
-    assert transitions(believed) == [t for t in transitions(plain) if abs(t[0]) <= 0.2]
+class Killed(Exception):
+    pass
 
 
-# -------------------------------------------------------------------------------------------------- buffers, batches
-
-def test_a_buffer_lays_transitions_out_flat_and_is_done_at_successful_ends_only():
+def learned(algorithm, width=8, **options):
+    """Policies of a toy run of 9 steps, and its curve."""
     table = toy_table()
-    obs = np.arange(60, dtype=np.float32).reshape(6, 10)
-    buffer = rl.Buffer([toy_record(obs[:4], [1, 2, 3], [5, 6, 100], True), toy_record(obs[4:], [4], [7], False, TEXTS[2])], table)
-    assert len(buffer) == 4
-    for found, expected in zip(buffer.take(torch.arange(4)), (
-            obs[[0, 1, 2, 4]], [0, 0, 0, 2], [1, 2, 3, 4], [5, 6, 100, 7], obs[[1, 2, 3, 5]], [0, 0, 1, 0])):
-        np.testing.assert_array_equal(found, expected)
+    real, imaginary = (rl.Buffer(random_records(9, seed), table) for seed in (0, 1))
+    config = rl.RLConfig(steps=9, batch=12, width=width, snapshot_steps=2)
+    return rl.learn(algorithm, real, [imaginary], table.table, [3, 8], config, ACTIONS, **options)
 
 
-@pytest.mark.parametrize("share, buffers, expected", [
-    (0.5, 0, [10]), (0.5, 1, [5, 5]), (0.5, 2, [5, 2, 3]), (0.6, 3, [4, 2, 2, 2]), (0.0, 2, [10, 0, 0])])
-def test_a_batch_is_real_and_imaginary_in_the_asked_shares(share, buffers, expected):
+@pytest.mark.parametrize("algorithm", LEARNED)
+@pytest.mark.parametrize("number", (1, 3, 5))  # the last is the one at the end
+def test_a_snapshot_taken_up_again_gives_the_same_policy_curve_and_log_to_the_last_bit(
+        tmp_path, monkeypatch, algorithm, number):
+    straight, curve = learned(algorithm)
+    logged, saved, path, save = [], [], tmp_path / "method.pt", rl.Training.save
+
+    def save_and_die(self, path):
+        save(self, path)
+        saved.append(self.schedule.last_epoch)
+        if len(saved) == number:
+            raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rl.Training, "save", save_and_die)
+        learned(algorithm, snapshot=path)
+    assert saved == [2, 4, 6, 8, 9][:number]
+    resumed, again = learned(algorithm, snapshot=path, log=lambda *entry: logged.append(entry))
+    assert again == curve and torch.equal(straight.flat, resumed.flat)
+    assert logged == [(step, loss) for step, loss, _ in curve] and len(curve) == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["method.pt"]
+
+
+@pytest.mark.parametrize("damage", ("cut off", "no snapshot", "other width", "other algorithm"))
+def test_a_snapshot_that_does_not_fit_is_refused_with_its_name_and_what_to_do(tmp_path, damage):
+    path = tmp_path / "cql.pt"
+    learned("cql", snapshot=path)
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-500])
+    if damage == "no snapshot":
+        path.write_bytes(b"text")
+    algorithm, width = "iql" if "algorithm" in damage else "cql", 6 if "width" in damage else 8
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*--force"):
+        learned(algorithm, width, snapshot=path)
+
+
+@pytest.mark.parametrize("algorithm", LEARNED)
+@pytest.mark.parametrize("field", ("obs", "next_obs", "reward"))
+def test_numbers_that_are_none_stop_learning_with_method_step_seed_and_row(algorithm, field):
+    table, config = toy_table(), rl.RLConfig(steps=2, batch=64)
+    buffer = rl.Buffer(random_records(8), table)
+    getattr(buffer.transitions, field)[3] = torch.nan
+    inputs = buffer, [], table.table, [0, 1], config, ACTIONS, f"{algorithm}+kalm"
+    if algorithm == "bc" and field != "obs":
+        rl.learn(algorithm, *inputs)  # it does not read them
+        return
+    problem = "the loss is nan and the norm of the gradient is nan, from seed 0, batch row"
+    with pytest.raises(FloatingPointError, match=rf"^{algorithm}\+kalm, step 1: {problem} \d+;"):
+        rl.learn(algorithm, *inputs)
+
+
+def test_outputs_that_are_too_large_are_traced_to_their_seed():
     table = toy_table()
-    sources = [rl.Buffer(random_records(20, i), table) for i in range(buffers + 1)]
-    for number, buffer in enumerate(sources):
-        buffer.reward[:] = number
-    batch = rl.sample_batch(sources[0], sources[1:], 10, 3, share, torch.Generator().manual_seed(0))
-    assert [tuple(x.shape) for x in batch] == [(3, 10, 10), (3, 10), (3, 10), (3, 10), (3, 10, 10), (3, 10)]
-    for row in batch[3]:
-        assert [int((row == number).sum()) for number in range(buffers + 1)] == expected
-    assert not torch.equal(batch[0][0], batch[0][1])  # each seed draws its own
+    training = rl.Training(rl.BC([0, 1], [14, 8, ACTIONS], rl.RLConfig()), [0, 1], "cpu")
+    training.algorithm.policy.flat.data[1] = 1e38
+    buffer = rl.Buffer(random_records(8), table)
+    batch = rl.sample_batch(buffer, [], 32, 2, 0, training.generator)
+    with pytest.raises(FloatingPointError, match="here: the loss is nan .*, from seed 1, batch"):
+        training.gradient_step(batch._replace(goal=table.table[batch.goal]), "here")
+    assert (training.algorithm.policy.flat[1] == 1e38).all()  # no step was taken
 
 
-# --------------------------------------------------------------------------------------------------------- relabelling
-
-@pytest.fixture(scope="module")
-def wandering(rollouts):
-    """Real rollouts, many of them aimless, and novel goals."""
-    rng = np.random.default_rng(5)
-    goals = env.sample_goals("offline", "train", 150, rng)
-    aimless = env.run_episodes(lambda obs, rows: rng.integers(40, size=len(rows)), goals, env.unfulfilled_states(rng, goals), max_steps=12)
-    return rollouts + aimless, [g for level in env.NOVEL_LEVELS for g in env.sample_goals(level, "test", 12, rng)]
-
-
-def chances(records, goal):
-    """How many rollouts (for a step goal: transitions) come to fulfil a goal that their start does not."""
-    found = 0
-    for r in records:
-        obs, nexts = r["observations"][:-1], r["observations"][1:]
-        hits = env.success(goal, obs, nexts, r["actions"])
-        if goal.kind == "step":
-            found += hits.sum()
-        else:
-            found += bool(hits.any()) and not env.success(goal, obs[:1], obs[:1], r["actions"][:1])[0]
-    return int(found)
+def test_a_seed_whose_numbers_are_none_is_told_from_the_others():
+    rows = torch.zeros(3, 5, 4)
+    rows[1, 4, 2] = torch.inf
+    numbers = {"sound": torch.zeros(()), "loss": torch.tensor([0, torch.nan, 0])}
+    with pytest.raises(FloatingPointError, match="^here: the loss is nan, from seed 1, .* row 4;"):
+        finite.check("here", numbers, (torch.zeros(3, 5), rows), ("seed", "batch row"))
+    with pytest.raises(FloatingPointError, match=r"from batch row 1 \(goal 1\);"):
+        finite.check("here", numbers, [rows], about=lambda row: f"goal {row}")
+    with pytest.raises(FloatingPointError, match="the loss is nan, from no row alone;"):
+        finite.check("here", numbers, [torch.zeros(2)])
+    finite.check("here", {"large": torch.tensor([3e38, 3e38])}, [rows])  # finite, but not their sum
 
 
-def test_relabelled_rollouts_are_real_and_come_to_fulfil_their_new_goal(wandering):
-    records, goals = wandering
-    made = rl.relabel(records, goals, 150, np.random.default_rng(0))
-    real = {o.tobytes() + bytes([a]) + n.tobytes() for r in records
-            for o, a, n in zip(r["observations"][:-1], r["actions"], r["observations"][1:])}
-    assert len(made) == 150 and {"step", "relation"} <= {r["kind"] for r in made}
-    for r in made:
-        goal, obs, nexts = env.goal_of(r), r["observations"][:-1], r["observations"][1:]
-        judged = env.success(goal, obs, nexts, r["actions"])
-        assert goal in goals and r["success"] and judged[-1] and not judged[:-1].any() and r["rewards"][-1] == 100
-        assert goal.kind == "step" or not env.success(goal, obs[:1], obs[:1], r["actions"][:1])[0]
-        assert all(o.tobytes() + bytes([a]) + n.tobytes() in real for o, a, n in zip(obs, r["actions"], nexts))
+def test_long_gradients_are_cut_for_each_seed_alone_and_their_norms_told():
+    network = rl.SeededMLP([0, 1], [6, 5, 4])
+    loss = network(torch.randn(2, 7, 4), torch.randn(2, 7, 2))[0].square().sum((1, 2))
+    (loss * torch.tensor([1e-3, 1e3])).sum().backward()
+    before = network.flat.grad.clone()
+    expected = [float((before[s].double() ** 2).sum()) ** 0.5 for s in range(2)]
+    assert expected[0] < 2 < expected[1]
+    assert rl.clip_gradients([network], 2.0).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(network.flat.grad[0], before[0])
+    torch.testing.assert_close(network.flat.grad[1], before[1] * 2 / expected[1])
 
 
-def test_relabelling_spreads_over_all_goals_that_some_rollout_fulfils(wandering):
-    records, goals = wandering
-    possible = {g.text: chances(records, g) for g in goals}
-    for count in (20, 100, 10 ** 6):
-        texts = [r["goal"] for r in rl.relabel(records, goals, count, np.random.default_rng(0))]
-        made = {text: texts.count(text) for text in possible}
-        assert len(texts) == min(count, sum(possible.values()))
-        assert all(max(made.values()) - made[t] <= 1 or made[t] == possible[t] for t in possible)
-    assert 0 in possible.values()  # the goals are not all easy
-
-
-# ---------------------------------------------------------------------------------------------------- goals, policies
-
-def test_text_encodings_are_token_means_whatever_the_batch():
-    model, tokenizer = llm.tiny(0)
-    texts = [g.text for level in env.NOVEL_LEVELS for g in env.sample_goals(level, "test", 9, np.random.default_rng(0))]
-    encodings = rl.encode_texts(texts, model.base_model, tokenizer)
-    assert encodings.shape == (27, 64) and encodings.dtype == torch.float32
-    torch.testing.assert_close(rl.encode_texts(texts, model.base_model, tokenizer, batch_size=4), encodings, rtol=1e-4, atol=1e-5)
-    for text, encoding in zip(texts, encodings):
-        with torch.no_grad():
-            hidden = model.base_model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0]
-        torch.testing.assert_close(hidden.mean(0), encoding, rtol=1e-4, atol=1e-5)
-
-
-def test_a_goal_table_is_standardised_by_its_training_texts_and_survives_the_disk(tmp_path):
-    model, tokenizer = llm.tiny(0)
-    rng = np.random.default_rng(0)
-    training = [g.text for g in env.sample_goals("offline", "train", 40, rng)] * 2
-    novel = [g.text for g in env.sample_goals("hard", "test", 5, rng)]
-    table = rl.GoalTable.encode(training, novel, model.base_model, tokenizer)
-    known = table.table[table.rows(sorted(set(training)))]
-    np.testing.assert_allclose(known.mean(0), np.zeros(64), atol=1e-4)
-    np.testing.assert_allclose(known.std(0), np.ones(64), atol=1e-2)
-    table.save(tmp_path / "goals.safetensors")
-    loaded = rl.GoalTable.load(tmp_path / "goals.safetensors")
-    assert torch.equal(loaded.table, table.table) and loaded.index == table.index and len(loaded.table) == len({*training, *novel})
+# ------------------------------------------------------------------------------- policies on disk
 
 
 def test_policies_survive_the_disk_and_take_the_networks_best_action(tmp_path):
-    table, network = toy_table(), rl.SeededMLP([5, 2], [14, 6, 6, 40])
-    rl.save_policy(tmp_path / "cql.safetensors", network, [5, 2], "cql", rl.RLConfig())
-    loaded, seeds = rl.load_policy(tmp_path / "cql.safetensors")
-    assert seeds == [5, 2] and [p.name for p in tmp_path.iterdir()] == ["cql.safetensors"]
-    obs, goals = np.random.default_rng(0).normal(0, 0.3, (9, 10)).astype(np.float32), np.arange(9) % 3
+    table, network = toy_table(), rl.SeededMLP([5, 2], [14, 6, 6, ACTIONS])
+    path, config = tmp_path / "cql.safetensors", rl.RLConfig(observation_scale=SCALE)
+    rl.save_policy(path, network, [5, 2], "cql", config)
+    loaded, seeds, scale = rl.load_policy(path)
+    assert (seeds, scale) == ([5, 2], SCALE) and list(tmp_path.iterdir()) == [path]
+    obs = np.random.default_rng(0).normal(0, 0.3, (9, 10)).astype(np.float32)
+    goals = np.arange(9) % 3
     with torch.no_grad():
-        x = torch.cat([rl.scaled(torch.from_numpy(obs)), table.table[goals]], -1).expand(2, -1, -1)
+        x = torch.cat([torch.from_numpy(obs) / SCALE, table.table[goals]], -1).expand(2, -1, -1)
         best = network(x[..., 10:], x[..., :10])[0].argmax(-1).numpy()
     assert (best[0] != best[1]).any()
     for seed in range(2):
-        act = rl.policy_of(loaded, seed, table.table, goals)
+        act = rl.policy_of(loaded, seed, table.table, goals, scale)
         assert (act(obs, np.arange(9)) == best[seed]).all()
-        assert (act(obs[[7, 2]], np.array([7, 2])) == best[seed][[7, 2]]).all()  # the rows of those that still run
+        still = np.array([7, 2])  # the rows of those that still run
+        assert (act(obs[still], still) == best[seed][still]).all()
+
+
+# ------------------------------------------------------------------------------- methods, options
+
+
+def test_a_new_algorithm_is_one_class_and_one_entry(monkeypatch):
+    class Lazy(rl.BC):
+        def loss(self, batch):
+            return super().loss(batch._replace(action=torch.full_like(batch.action, 7)))
+    monkeypatch.setitem(rl.ALGORITHMS, "lazy", Lazy)
+    settings = rl.LearnArguments(methods="lazy,lazy+relabel,lazy+kalm,lazy+both,llm")
+    assert settings.learned_methods == [m for m in rl.method_names() if "lazy" in m]
+    assert {rl.algorithm_of(method) for method in settings.learned_methods} == {"lazy"}
+    sources = [rl.source_of(method) for method in settings.learned_methods]
+    assert sources == ["", "relabel", "kalm", "both"]
+    obs = np.zeros((5, 10), np.float32)
+    assert accuracy("lazy", [toy_record(obs, [1] * 4, [0] * 4, False)], 7, obs, steps=50) == 1
+
+
+def test_an_unknown_algorithm_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown algorithm 'cqk'; did you mean cql.* bc, cql,"):
+        learned("cqk")
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"rl_batch": 0}, "--rl_batch must be at least 1, got 0"),
+    ({"rl_steps": 0}, "--rl_steps must be at least 1, got 0"),
+    ({"seeds": 0}, "--seeds must be at least 1"),
+    ({"rl_snapshot_steps": 0}, "--rl_snapshot_steps must be at least 1"),
+    ({"kept_per_goal": -1}, "--kept_per_goal must be at least 0, got -1"),
+    ({"encoder_layers": -1}, "--encoder_layers must be at least 0"),
+    ({"rl_learning_rate": math.nan}, "--rl_learning_rate .* got nan"),
+    ({"conservative_weight": math.inf}, "--conservative_weight .* got inf"),
+    ({"dynamics_tolerance": -0.1}, "--dynamics_tolerance must be at least 0, got -0.1"),
+    ({"keep": "some"}, "--keep takes .* 'some'"),
+    ({"imaginary_share": 1.0}, "--imaginary_share must be below 1, got 1.0"),
+    ({"methods": "bc,cql+klam"}, r"--methods: .* 'cql\+klam'; did you mean cql\+kalm\? .*, llm"),
+    ({"methods": "bc,"}, "--methods: unknown method ''"),
+    ({"methods": "bc,bc"}, "--methods .* once"),
+    ({"rl_batch": 12, "methods": "bc+kalm"}, "--imaginary_share is 2 of a batch, for 3 sources"),
+    ({"rl_batch": 25, "methods": "bc+both"}, "is 5 of a batch, for 6 sources")])
+def test_an_option_out_of_range_is_refused_by_name(options, problem):
+    with pytest.raises(ValueError, match=problem):
+        rl.LearnArguments(**options)
+
+
+def test_options_are_read_by_the_hugging_face_parser_and_become_the_config():
+    arguments = "--rl_steps 5 --rl_batch 12 --methods bc,cql --no_balance_goals".split()
+    (settings,) = HfArgumentParser(rl.LearnArguments).parse_args_into_dataclasses(arguments)
+    config = settings.config(observation_scale=SCALE, bf16=True)
+    assert (config.steps, config.batch) == (5, 12)
+    assert (config.observation_scale, config.bf16) == (SCALE, True)
+    assert settings.method_list == ["bc", "cql"] and settings.balance_goals is False
+    assert rl.LearnArguments().config() == rl.RLConfig()
+    rl.LearnArguments(rl_batch=12, methods="bc,llm")  # nothing imaginary: no share is too small

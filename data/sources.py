@@ -1,0 +1,105 @@
+"""Which rollouts policies learn from beside the real ones: imagined, or real ones renamed.
+
+The renamed ones are the control without a language model. This file knows the judge and the words
+of rollouts, and nothing of how they were made or are learned from.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+import env
+
+
+def is_wanted(world: env.World, record: dict, keep: str) -> bool:
+    """Whether an imagined rollout is kept: matched (the judge), explained (the LLM's own words),
+    both or all. For a goal without a judge its explanation decides, whatever keep says.
+    """
+    if record["kind"] == env.UNJUDGED:
+        keep = "explained"
+    if keep in ("matched", "both") and not record["success"]:
+        return False
+    if keep in ("explained", "both"):
+        return world.explanation_fits(record["goal"], record["explanation"])
+    return True
+
+
+def kept_rollouts(
+    world: env.World, imagined: Sequence[dict], keep: str, per_goal: int
+) -> list[dict]:
+    """The wanted ones of imagined rollouts, at most per_goal of a goal (0: all)."""
+    kept = []
+    counts = collections.Counter()
+    for record in imagined:
+        if is_wanted(world, record, keep):
+            counts[record["goal"]] += 1
+            if not per_goal or counts[record["goal"]] <= per_goal:
+                kept.append(record)
+    return kept
+
+
+def by_source(
+    world: env.World,
+    real: Sequence[dict],
+    imagined: Mapping[str, list[dict]],
+    goals: Mapping[str, Sequence[env.Goal]],
+    rng: np.random.Generator,
+) -> dict[str, dict[str, list[dict]]]:
+    """{source of a method: {part: records}}. imagined, goals: by level.
+
+    relabel has as many rollouts a level as kalm where the real ones fulfil as many novel goals.
+    """
+    relabelled = {}
+    both = {}
+    for level, records in imagined.items():
+        relabelled[level] = relabel(world, real, goals[level], len(records), rng)
+    for name, levels in (("relabelled", relabelled), ("imagined", imagined)):
+        for level, records in levels.items():
+            both[f"{name} {level}"] = records
+    return {"": {}, "relabel": relabelled, "kalm": dict(imagined), "both": both}
+
+
+def relabel(
+    world: env.World,
+    records: Sequence[dict],
+    goals: Sequence[env.Goal],
+    count: int,
+    rng: np.random.Generator,
+    pool: int = 6000,
+) -> list[dict]:
+    """Real rollouts for novel goals that they happen to fulfil, spread evenly over those goals.
+
+    Of `pool` records, count new ones are made, or as many as there are. They are cut where they first
+    fulfil the goal; one-step goals, judged by the action as in the world, take that step alone.
+    """
+    chosen = [records[row] for row in rng.permutation(len(records))[:pool]]
+    obs = np.concatenate([record["observations"][:-1] for record in chosen])
+    nexts = np.concatenate([record["observations"][1:] for record in chosen])
+    actions = np.concatenate([record["actions"] for record in chosen])
+    lengths = np.array([len(record["actions"]) for record in chosen])
+    rollout_of = np.repeat(np.arange(len(chosen)), lengths)  # of each transition
+    first = np.cumsum(lengths) - lengths  # the first transition of each rollout
+    one_step = world.one_step(world.encode_goals(goals))
+    fulfilling = []  # transitions, in a random order, for each goal
+    for goal, lasts_one_step in zip(goals, one_step):
+        encoded = np.repeat(world.encode_goals([goal]), len(obs), 0)
+        hits = np.flatnonzero(world.success(encoded, obs, nexts, actions))
+        if not lasts_one_step:
+            _, first_hits = np.unique(rollout_of[hits], return_index=True)
+            hits = hits[first_hits]
+            met_before = world.fulfilled(encoded[: len(first)], obs[first])
+            hits = hits[~met_before[rollout_of[hits]]]
+        fulfilling.append(rng.permutation(hits))
+    made = []
+    for turn in range(max(map(len, fulfilling), default=0)):
+        for goal, lasts_one_step, hits in zip(goals, one_step, fulfilling):
+            if turn >= len(hits) or len(made) >= count:
+                continue
+            number = rollout_of[hits[turn]]
+            end = hits[turn] - first[number] + 1
+            begin = end - 1 if lasts_one_step else 0
+            observations = chosen[number]["observations"][begin : end + 1]
+            taken = chosen[number]["actions"][begin:end]
+            made.append(env.rollout_record(world, goal, observations, taken))
+    return made

@@ -1,0 +1,186 @@
+"""What offline RL draws its batches from: encodings of goal texts, and rollouts as flat arrays.
+
+Texts are encoded once by a frozen language model. This file knows no algorithm, and no particular
+world: rollouts come in as records.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+from tqdm import trange
+
+# ----------------------------------------------------------------------------------------------
+# Goal encodings
+
+
+@torch.inference_mode()
+def encode_texts(texts: Sequence[str], model, tokenizer, batch_size: int = 128) -> Tensor:
+    """Frozen encodings (len(texts), hidden) float32: the mean of a text's last hidden states.
+
+    model: any transformers encoder or causal LM without a head, e.g. `AutoModel.from_pretrained`.
+    """
+    model.eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    order = np.argsort([len(text) for text in texts], kind="stable")  # like lengths: little padding
+    means = []
+    for start in trange(0, len(texts), batch_size, desc="encode goals", leave=False, delay=1):
+        rows = [texts[row] for row in order[start : start + batch_size]]
+        tokens = tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
+        mask = tokens["attention_mask"].to(model.device)
+        ids = tokens["input_ids"].to(model.device)
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        lengths = mask.sum(1)
+        weight = mask[..., None] / lengths[:, None, None]
+        means.append((hidden * weight).sum(1).cpu())
+    return torch.cat(means)[np.argsort(order)]
+
+
+class GoalTable:
+    """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` its row.
+
+    scale: (2, hidden), the mean and deviation that standardised them, for `with_text`.
+    """
+
+    def __init__(self, texts: Sequence[str], table: Tensor, scale: Tensor | None = None):
+        self.index = {text: row for row, text in enumerate(texts)}
+        self.table = table
+        self.scale = scale
+
+    @classmethod
+    def encode(cls, training_texts, novel_texts, model, tokenizer) -> "GoalTable":
+        """Encode all texts, standardised by the mean and deviation of the training texts."""
+        texts = list(dict.fromkeys([*training_texts, *novel_texts]))
+        encodings = encode_texts(texts, model, tokenizer)
+        known = encodings[: len(set(training_texts))]
+        scale = torch.stack([known.mean(0), known.std(0) + 1e-6])
+        return cls(texts, (encodings - scale[0]) / scale[1], scale)
+
+    def with_text(self, text: str, model, tokenizer) -> "GoalTable":
+        """The table with one more text, by the model that encoded the others."""
+        if self.scale is None:
+            raise ValueError("these goal encodings lack their scale; --stage learn --force adds it")
+        encoding = (encode_texts([text], model, tokenizer) - self.scale[0]) / self.scale[1]
+        return GoalTable([*self.index, text], torch.cat([self.table, encoding]), self.scale)
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """Rows of the table for texts: (len(texts),) int64."""
+        return np.array([self.index[text] for text in texts])
+
+    def save(self, path: str | Path) -> None:
+        """A safetensors file; the texts are its metadata, as JSON."""
+        tensors = {"table": self.table.cpu().contiguous()}
+        if self.scale is not None:
+            tensors["scale"] = self.scale.cpu().contiguous()
+        metadata = {"texts": json.dumps(list(self.index))}
+        save_file(tensors, str(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "GoalTable":
+        with safe_open(str(path), "pt") as file:
+            texts = json.loads(file.metadata()["texts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return cls(texts, **tensors)
+
+
+# ----------------------------------------------------------------------------------------------
+# Transitions
+
+
+class Batch(NamedTuple):
+    """Transitions, one a row: (N, ...) in a buffer, (seeds, batch, ...) in training."""
+
+    obs: Tensor  # (..., observation_dim)
+    goal: Tensor  # (...,) row of the goal table; losses get its encoding (..., hidden)
+    action: Tensor  # (...,) int64
+    reward: Tensor  # (...,); losses get it scaled, as the observations
+    next_obs: Tensor  # (..., observation_dim)
+    done: Tensor  # (...,) float32: 1 at the end of a success, after which there is no reward
+
+
+EMPTY = Batch(*np.zeros((6, 0)))
+
+
+class Buffer:
+    """The transitions of rollout records on a device.
+
+    balanced: draw each goal as often as any other, however many transitions it has.
+    dynamics_tolerance: leave out transitions whose `dynamics_error` is larger; 0 keeps all.
+    """
+
+    def __init__(
+        self, records, goals: GoalTable, device="cpu", balanced=False, dynamics_tolerance=0.0
+    ):
+        parts = []
+        for record in records:
+            part = _transitions(record, goals.index[record["goal"]])
+            error = record.get("dynamics_error")
+            if dynamics_tolerance and error is not None:
+                believed = error <= dynamics_tolerance
+                part = Batch(*[column[believed] for column in part])
+            parts.append(part)
+        columns = [np.concatenate(column) for column in zip(*parts)]
+        columns = Batch(*columns) if parts else EMPTY
+        if balanced:
+            by_goal = np.argsort(columns.goal, kind="stable")
+            columns = Batch(*[column[by_goal] for column in columns])
+        self.device = device
+        self.balanced = balanced
+        self.transitions = Batch(*[torch.as_tensor(column, device=device) for column in columns])
+        _, counts = np.unique(columns.goal, return_counts=True)
+        self.counts = torch.as_tensor(counts, device=device)  # of transitions, goal by goal
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def __len__(self):
+        return len(self.transitions.action)
+
+    def draw(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        """Rows to train on: uniform over transitions, or over goals and then over each one's."""
+        if not self.balanced:
+            return torch.randint(len(self), shape, generator=generator, device=self.device)
+        goal = torch.randint(len(self.counts), shape, generator=generator, device=self.device)
+        count = self.counts[goal]
+        within = torch.rand(shape, generator=generator, device=self.device) * count
+        return self.starts[goal] + within.long().clamp(max=count - 1)  # rounding may reach count
+
+    def take(self, rows: Tensor) -> Batch:
+        """The transitions of rows of any shape."""
+        return Batch(*[column[rows] for column in self.transitions])
+
+
+def _transitions(record, goal_row):
+    """The transitions of a rollout record: arrays (T, ...)."""
+    steps = len(record["actions"])
+    observations = record["observations"]
+    done = np.zeros(steps, np.float32)
+    done[-1] = record["success"]
+    return Batch(
+        obs=observations[:-1],
+        goal=np.full(steps, goal_row),
+        action=record["actions"],
+        reward=record["rewards"],
+        next_obs=observations[1:],
+        done=done,
+    )
+
+
+def sample_batch(real: Buffer, imaginary, size, seeds, share, generator: Generator) -> Batch:
+    """A batch (seeds, size): real transitions, then a share from a list of imaginary buffers.
+
+    Each buffer gives as much as the others; where there is none, all is real.
+    """
+    bounds = np.linspace(0, round(size * share), len(imaginary) + 1)
+    counts = np.diff(bounds.astype(int))
+    parts = [(real, size - counts.sum()), *zip(imaginary, counts)]
+    drawn = []
+    for buffer, count in parts:
+        if count:
+            rows = buffer.draw((seeds, count), generator)
+            drawn.append(buffer.take(rows))
+    return Batch(*[torch.cat(column, dim=1) for column in zip(*drawn)])

@@ -1,0 +1,70 @@
+"""The account of an episode of --stage act: in words, as a picture in act/ and in logs/act.jsonl.
+
+This file knows rollout records and what a world says of them, and nothing of who acted.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import env
+from experiment import folder
+
+
+def verdict_of(record: dict) -> str:
+    """What the judge says of a rollout: "goal met", "goal missed" or "not judged"."""
+    if record["kind"] == env.UNJUDGED:
+        return "not judged"
+    return "goal met" if record["success"] else "goal missed"
+
+
+def actors(run: Path, methods: Sequence[str], named: Sequence[str]) -> list[str]:
+    """Who acts: the named methods, else the policy with the best mean success, and the LLM.
+
+    methods: all that there can be. Raises ValueError for a named one that the run does not have.
+    """
+    learned = [name for name in methods if (run / "policies" / f"{name}.safetensors").is_file()]
+    able = [*learned, "llm"]
+    for method in named:
+        if method not in able:
+            has = ", ".join(able)
+            raise ValueError(f"--methods {method}: {run} has no such policy, it has {has}")
+    path = run / "results.json"
+    success = folder.read_json(path)["success"] if path.is_file() else {}
+
+    def by_success(method):
+        rates = [cell["mean"] for cell in success.get(method, {}).values()]
+        return sum(rates) / max(len(rates), 1), "kalm" in method
+
+    return list(named) or [*sorted(learned, key=by_success)[-1:], "llm"]
+
+
+def judge_in_words(world: env.World, goal: env.Goal, is_of_run: bool) -> str:
+    """Which judge a goal has. is_of_run: the run has this goal, it was not read from a sentence."""
+    if goal.kind == env.UNJUDGED:
+        return "none is known for this sentence, so nobody says whether it is met"
+    source = "as the goals of the run have it" if is_of_run else "read from the sentence"
+    return f"{world.goal_in_words(goal)} ({source})"
+
+
+def write_account(
+    run: Path, world, goal: env.Goal, method: str, record: dict, explanation_fits: bool, seed: int
+) -> str:
+    """A GIF in RUN/act and a line in RUN/logs/act.jsonl. Returns three lines for the terminal."""
+    name = re.sub(r"\W+", "-", goal.text.lower())[:40].strip("-")
+    gif = run / "act" / f"{name}-{seed}-{method}.gif"
+    gif.parent.mkdir(exist_ok=True)
+    env.save_gif(gif, world, record)
+    about = {"goal": goal.text, "kind": goal.kind, "method": method, "seed": seed}
+    done = {"verdict": verdict_of(record), "actions": record["actions"].tolist()}
+    said = {"explanation": record["explanation"], "explanation_fits": explanation_fits}
+    log = run / "logs" / "act.jsonl"
+    folder.append_json(log, **about, **done, **said, gif=gif.name)
+    first, *_, last = record["observations"]
+    changes = world.change_in_words(first, last)
+    fit = "fits the goal" if explanation_fits else "does not fit the goal"
+    return (
+        f"  {method}: {verdict_of(record)}, {len(record['actions'])} actions; changed: {changes}\n"
+        f'    the LLM, asked what was done: "{record["explanation"]}" (this {fit})\n'
+        f"    {gif}"
+    )

@@ -1,0 +1,54 @@
+"""Learning curves while they grow: JSON lines in the run's logs, and trackers through accelerate.
+
+This file knows numbers with a step, and nothing of what they measure.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from accelerate import tracking
+
+from experiment import folder
+
+PROJECT = "kalm"  # under which trackers show the runs
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker of --report_to that is unknown or not installed."""
+    for name in names:
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(map(str, tracking.LOGGER_TYPE_TO_CLASS))
+            raise ValueError(f"--report_to {name}: unknown tracker; there are {known}, or none")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report_to {name} needs the package {name}: pip install {name}")
+
+
+@contextlib.contextmanager
+def curve(logs: Path, name: str, trackers: Sequence[str]) -> Iterator[Callable[[int, float], None]]:
+    """A function log(step, loss) that appends to LOGS/NAME.jsonl, begun anew, and tells trackers."""
+    path = logs / f"{name}.jsonl"
+    folder.remove(path)
+    started = [_start(tracker, logs, name) for tracker in trackers]
+
+    def log(step, loss):
+        folder.append_json(path, step=step, loss=loss)
+        for tracker in started:
+            tracker.log({f"{name}/loss": loss}, step=step)
+
+    yield log
+    for tracker in started:
+        tracker.finish()
+
+
+def _start(name, logs, run_name):
+    kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+    if kind.requires_logging_directory:
+        tracker = kind(run_name, logs)
+    else:
+        options = {"reinit": "finish_previous"} if name == "wandb" else {}
+        tracker = kind(PROJECT, name=run_name, **options)
+    tracker.main_process_only = False  # each process learns methods of its own
+    tracker.start()
+    return tracker

@@ -1,0 +1,300 @@
+"""report.html: what a run did and how well, beside the paper's figures, on one self-contained page.
+
+This file knows the run's folder and what a world answers; the page's looks are in its template.
+"""
+
+import base64
+import importlib.metadata
+import io
+import itertools
+import platform
+import re
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import env
+from experiment import folder
+from experiment.card import figures_in_words
+from experiment.episode import verdict_of
+
+# The paper's figures: success of its best policies as read off its figure, rates as printed
+PAPER_WORLD = "clevr_robot"
+PAPER_SUCCESS = dict(zip(env.LEVELS, (0.60, 0.45, 0.35, 0.09)))
+PAPER_NOVEL_MEAN = {"cql": 0.155, "cql+kalm": 0.271}
+PAPER_QUALITY = {  # in the order of env.LEVELS
+    "match": (None, 0.85, 0.36, 0.28),
+    "action_match": (None, None, 0.30, None),
+    "off_table": (None, 0.184, 0.0, 0.043),
+    "beyond_dynamics": (None, 0.001, 0.002, 0.002),
+}
+QUALITY_WORDS = {
+    "rollouts": "rollouts",
+    "actions": "actions in each",
+    "match": "meet their goal as imagined",
+    "executed": "meet it when their actions are played in the physics",
+    "executed_of_matched": "the same, of those that meet it as imagined",
+    "action_match": "first action fits the goal",
+    "off_table": "transitions off the table",
+    "beyond_dynamics": "transitions beyond what physics allows",
+    "explained": "own explanation fits the goal",
+    "match_of_explained": "meet their goal, of those whose explanation fits",
+    "dynamics_error": "contradiction to the dynamics prediction, in units of observations",
+}
+SOURCE_COLORS = {"": "#8a8f98", "relabel": "#e0872b", "kalm": "#3b82d0", "both": "#2f9e5b"}
+OTHER_COLOR = "#b3a37d"
+LLM_COLOR = "#a35cc4"
+LINE_STYLES = ("solid", "dashed", "dotted", "dashdot", (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)))
+INK = "#1a1b1c"  # of texts and axes in pictures; on the page it becomes the page's own text color
+PACKAGES = "torch transformers accelerate datasets peft safetensors mujoco gymnasium numpy".split()
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+# ----------------------------------------------------------------------------------------------
+# Success: results["success"][method][level] = {mean, std, seeds, episodes}
+
+
+def levels_of(results: dict) -> list[str]:
+    """The levels that a run's results have, in the usual order."""
+    row = next(iter(results["success"].values()))
+    return [level for level in env.LEVELS if level in row]
+
+
+def novel_mean(row: dict) -> float | None:
+    """The mean success over the novel levels that a method was tried on, None if on none."""
+    rates = [row[level]["mean"] for level in env.NOVEL_LEVELS if level in row]
+    return sum(rates) / len(rates) if rates else None
+
+
+def most_episodes(results: dict) -> int:
+    """The number of episodes behind the best-measured rates."""
+    counts = []
+    for row in results["success"].values():
+        counts += [cell["episodes"] for cell in row.values()]
+    return max(counts)
+
+
+def results_table(results: dict) -> list[str]:
+    """The success table as lines of ASCII, at most 80 columns for methods of 19 letters."""
+    levels = levels_of(results)
+    width = max(14, *(len(method) + 1 for method in results["success"]))
+    lines = ["method".ljust(width) + "".join(f"{level:>15}" for level in levels)]
+    for method, row in results["success"].items():
+        rates = [f"{_rate(row[level], '+-'):13}" for level in levels]
+        lines.append(method.ljust(width) + "".join(f"{rate:>15}" for rate in rates))
+    return lines
+
+
+def _rate(cell, plus_minus):
+    """A mean, with the standard deviation over seeds where there are several."""
+    deviation = f" {plus_minus}{cell['std']:.3f}" if len(cell["seeds"]) > 1 else ""
+    return f"{cell['mean']:.3f}{deviation}"
+
+
+def _is_papers_world(results):
+    return results["config"].get("env", PAPER_WORLD) == PAPER_WORLD
+
+
+# ----------------------------------------------------------------------------------------------
+# Pictures. A method is ALGORITHM or ALGORITHM+SOURCE: lines show the one, colors the other
+
+
+def color_of(method: str) -> str:
+    """The color of a method's source of data; the LLM has its own."""
+    source = method.partition("+")[2]
+    return LLM_COLOR if method == "llm" else SOURCE_COLORS.get(source, OTHER_COLOR)
+
+
+def draw_success(axes: Axes, results: dict, level: str) -> None:
+    """Bars of one level, a method a line, with the deviation over seeds; dotted: paper's best."""
+    for i, (method, row) in enumerate(results["success"].items()):
+        mean = row[level]["mean"]
+        error = row[level]["std"] if len(row[level]["seeds"]) > 1 else None
+        axes.barh(i, mean, 0.8, xerr=error, color=color_of(method), ecolor=INK, capsize=2)
+    if _is_papers_world(results):
+        axes.axvline(PAPER_SUCCESS[level], color=INK, linestyle="dotted")
+    axes.set(title=level, xlim=(0, 1), xlabel="success rate")
+    axes.set_yticks(range(len(results["success"])), list(results["success"]))
+    axes.invert_yaxis()
+
+
+def draw_grounding(axes: Axes, log: list[dict]) -> None:
+    """Losses of grounding by kind of position."""
+    for name in ("text_loss", "action_loss", "state_loss"):
+        # 0 stands for batches without this kind of position
+        points = [(entry["step"], entry[name]) for entry in log if entry.get(name)]
+        axes.plot(*np.reshape(points, (-1, 2)).T, label=name.replace("_", " "))
+    axes.set(title="grounding", xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(fontsize=7, framealpha=0)
+
+
+def draw_policies(axes: Axes, curves: dict) -> None:
+    """Losses of the policies: {method: [(step, loss), ...]}."""
+    algorithms = dict.fromkeys(method.partition("+")[0] for method in curves)
+    styles = dict(zip(algorithms, itertools.cycle(LINE_STYLES)))
+    for method, curve in curves.items():
+        look = {"color": color_of(method), "linestyle": styles[method.partition("+")[0]]}
+        axes.plot(*np.transpose(curve), label=method, **look)
+    axes.set(title="offline RL", xlabel="step", ylabel="loss", yscale="log")
+    axes.locator_params(axis="x", nbins=4)
+    axes.legend(fontsize=7, framealpha=0, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.26))
+
+
+def success_figure(results: dict) -> str:
+    """SVG text: success by level and method, with the standard deviation over seeds."""
+    levels = levels_of(results)
+    drawings = [partial(draw_success, results=results, level=level) for level in levels]
+    return _svg(drawings, (2.2 * len(levels) + 0.8, 2.6), sharey=True)
+
+
+def curves_figure(log: list[dict], curves: dict) -> str:
+    """SVG text: learning curves of grounding and of the policies, side by side."""
+    return _svg([partial(draw_grounding, log=log), partial(draw_policies, curves=curves)], (9, 3))
+
+
+def _svg(drawings, size, sharey=False, transparent=False):
+    """SVG text without date and maker of drawings, each a function of its axes, in one row."""
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    spines = ("axes.spines.top", "axes.spines.right")
+    others = {"font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "kalm"}
+    style = {**dict.fromkeys(inks, INK), **dict.fromkeys(spines, False), **others}
+    with matplotlib.rc_context(style):
+        figure = Figure(size, layout="constrained")
+        axes = figure.subplots(1, len(drawings), sharey=sharey, squeeze=False)
+        for draw, each in zip(drawings, axes[0]):
+            draw(each)
+        picture = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(picture, format="svg", transparent=transparent, metadata=nothing)
+    text = picture.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _page_svg(name, draw, **data):
+    """A drawing for the page: in the page's own colors, and with ids that no other picture has."""
+    text = _svg([partial(draw, **data)], (3.7, 2.6), transparent=True)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    return text.replace(INK, "currentColor")
+
+
+# ----------------------------------------------------------------------------------------------
+# The page: its tables, whose cells are texts, numbers or None, and its gallery
+
+
+def _success_rows(results):
+    levels = levels_of(results)
+    rows = []
+    for method, row in results["success"].items():
+        rows.append([method, *(_rate(row[level], "± ") for level in levels), novel_mean(row)])
+    if _is_papers_world(results):
+        blank = [None for _ in levels]
+        rows += [[f"paper: {name}", *blank, mean] for name, mean in PAPER_NOVEL_MEAN.items()]
+        rows.append(["paper: best of the level", *(PAPER_SUCCESS[v] for v in levels), None])
+    return rows
+
+
+def _quality_rows(results):
+    quality = results["quality"]
+    levels = [level for level in env.LEVELS if level in quality]
+    found = {}
+    for level in levels:
+        found.update(quality[level])
+    names = sorted(found, key=[*QUALITY_WORDS, *found].index)  # those with words first
+    rows = [["rates, if not said otherwise", *levels]]
+    for name in names:
+        figures = [quality[level].get(name) for level in levels]
+        if name == "rollouts":
+            figures = [None if figure is None else int(figure) for figure in figures]
+        rows.append([QUALITY_WORDS.get(name, name.replace("_", " ")), *figures])
+        if name in PAPER_QUALITY and _is_papers_world(results):
+            of_paper = dict(zip(env.LEVELS, PAPER_QUALITY[name]))
+            rows.append(["paper", *(of_paper[level] for level in levels)])
+    return rows
+
+
+def _version_rows():
+    rows = [["python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"]]
+    for name in PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        rows.append([name, version])
+    return rows
+
+
+def _examples(records, each=2):
+    """So many imagined rollouts of each verdict, brief ones first."""
+    brief_first = sorted(records, key=lambda record: len(record["actions"]) > 12)
+    examples = []
+    for verdict in ("goal met", "goal missed", "not judged"):
+        examples += [record for record in brief_first if verdict_of(record) == verdict][:each]
+    return examples
+
+
+def _gallery(world, imagined):
+    """For each level some imagined rollouts, each beside what its actions do in the physics."""
+    cards = []
+    for level, records in imagined.items():
+        for record in _examples(records):
+            start = world.state_from_observation(record["observations"][:1])
+            replay = env.replay([record["actions"]])
+            goals = [env.goal_of(record)]
+            played = env.run_episodes(world, replay, goals, start, len(record["actions"]))[0]
+            pictures = [_picture(world, "imagined", record), _picture(world, "executed", played)]
+            cards.append({"level": level, "record": record, "pictures": pictures})
+    return cards
+
+
+def _picture(world, kind, record):
+    """A rollout as an animated picture, and in words for those who do not see it."""
+    file = io.BytesIO()
+    env.save_gif(file, world, record, size=180)
+    gif = base64.b64encode(file.getvalue()).decode()
+    steps = len(record["actions"])
+    verdict = verdict_of(record)
+    change = world.change_in_words(record["observations"][0], record["observations"][-1])
+    return {"kind": kind, "steps": steps, "verdict": verdict, "change": change, "gif": gif}
+
+
+def write(run: Path, world: env.World, imagined: dict[str, list[dict]]) -> dict:
+    """Write report.html of a run. imagined: {level: rollout records}. Returns the run's results."""
+    results = folder.read_json(run / "results.json")
+    log = folder.read_json(run / "grounded" / "metrics.json")["log"]
+    curves = folder.read_json(run / "policies" / "curves.json")
+    success_svgs = {}
+    for level in levels_of(results):
+        success_svgs[level] = _page_svg(level, draw_success, results=results, level=level)
+    learning_svgs = {}
+    if log:
+        learning_svgs["grounding"] = _page_svg("grounding", draw_grounding, log=log)
+    if curves:
+        learning_svgs["offline RL"] = _page_svg("offline-rl", draw_policies, curves=curves)
+    ablations = run / "ablations.json"  # tables that docs/results.py writes
+    times = {**results["time_s"], "all": sum(results["time_s"].values())}
+    settings = {name: str(value) or "none" for name, value in results["config"].items()}
+    rules = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), **rules)
+    page = template.render(
+        world=world.name,
+        results=results,
+        episodes=most_episodes(results),
+        paper_success=PAPER_SUCCESS if _is_papers_world(results) else {},
+        success_svgs=success_svgs,
+        success_rows=_success_rows(results),
+        quality_rows=_quality_rows(results),
+        gallery=_gallery(world, imagined),
+        ablations=folder.read_json(ablations) if ablations.is_file() else [],
+        learning_svgs=learning_svgs,
+        grounding=figures_in_words(results["grounding"]),
+        seconds={stage: round(time) for stage, time in times.items()},
+        versions=_version_rows(),
+        settings=settings,
+    )
+    with folder.replacing(run / "report.html") as aside:
+        aside.write_text(page, encoding="utf-8")
+    return results

@@ -1,0 +1,153 @@
+"""Settings: dataclasses, one a stage, read by transformers' HfArgumentParser.
+
+The command line comes first, then a config file, then the defaults of a scale, then a field's own
+default. This file knows no particular setting and imports nothing of ours.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def setting(default: Any, text: str, **metadata) -> Any:
+    """A field of a settings class: its default, and what `--help` says of it."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: [*default], metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+def at_least(least: float, settings: Any, *names: str) -> None:
+    """Raise ValueError for the first of the named settings that is lower, infinite or no number."""
+    for name in names:
+        value = getattr(settings, name)
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+class SettingsParser(HfArgumentParser):
+    """HfArgumentParser for several settings classes; what is wrong is a ValueError."""
+
+    def __init__(self, classes: Sequence[type]):
+        super().__init__(classes, add_help=False, allow_abbrev=False)
+        self.names = {}  # of a setting, by each way to write it on a command line
+        for action in self._actions:
+            for option in action.option_strings:
+                self.names[option] = action.dest
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; `kalm.py --help` lists the options")
+
+    def given(self, arguments: Sequence[str]) -> dict[str, str]:
+        """The settings that arguments name, each with the words after it, "" for a switch."""
+        found = {}
+        name = None
+        for argument in arguments:
+            option, _, value = argument.partition("=")
+            if option in self.names:
+                name = self.names[option]
+                found[name] = value
+            elif name:
+                found[name] = f"{found[name]} {argument}".strip()
+        return found
+
+    def check_names(self, arguments: Sequence[str], renamed: dict[str, str]) -> None:
+        """Raise ValueError for an option that there is not, with its present or the nearest name."""
+        _, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+            where = f"unknown option {unknown[0]}"
+            raise ValueError(where + self.hint(name, renamed, "--" * unknown[0].startswith("--")))
+
+    def hint(self, name: str, renamed: dict[str, str], dashes: str = "") -> str:
+        """ ": did you mean X?" for a wrong name, "" where no name is near."""
+        if name in renamed:
+            return f": it is {dashes}{renamed[name]} now"
+        near = difflib.get_close_matches(name, set(self.names.values()), 1)
+        return f": did you mean {dashes}{near[0]}?" if near else ""
+
+
+def parse(
+    arguments: Sequence[str],
+    classes: Sequence[type],
+    defaults: Callable[[dict[str, str]], dict],
+    renamed: dict[str, str],
+) -> tuple[list, dict[str, str]]:
+    """An instance of each settings class, and the settings that were given by name.
+
+    defaults: from the settings given (as texts) to the defaults of the rest. renamed: present names
+    of former options. Raises ValueError for what is unknown or wrong.
+    """
+    parser = SettingsParser(classes)
+    config = parser.given(arguments).get("config")
+    if config:
+        arguments = [*config_arguments(config, parser, renamed), *arguments]
+    given = parser.given(arguments)
+    parser.set_defaults(**defaults(given))
+    parser.check_names(arguments, renamed)
+    return list(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)), given
+
+
+def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str]) -> list[str]:
+    """The settings of a YAML or JSON file as arguments of a command line.
+
+    A list becomes a text with commas. Raises ValueError that names the file and the key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else getattr(error, "lineno", None)
+        where = f"{path}, line {line}" if line else path
+        raise ValueError(
+            f"--config {where}: neither YAML nor JSON; write `name: value` lines, as in the "
+            "config.yaml of a run"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"--config {path}: write `name: value` lines, as in the config.yaml of a run; found a "
+            f"{type(found).__name__}"
+        )
+    arguments = []
+    for name, value in found.items():
+        if name not in parser.names.values():
+            hint = parser.hint(str(name), renamed)
+            raise ValueError(f"--config {path}: there is no option {name!r}{hint}")
+        if name == "stage":
+            stages = value if isinstance(value, list) else str(value).split()
+            arguments += ["--stage", *map(str, stages)]
+        elif value is not None:
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def help_text(intro: str, classes: Sequence[type], scales: dict[str, dict]) -> str:
+    """What `--help` prints: our settings by class, with their defaults at each scale."""
+    columns = min(max(shutil.get_terminal_size().columns, 80), 120)
+    lines = [intro]
+    for each in classes:
+        lines += ["", f"{each.__doc__.strip().splitlines()[0]}"]
+        for field in dataclasses.fields(each):
+            if field.name not in each.__annotations__ or "help" not in field.metadata:
+                continue
+            own = field.default if field.default_factory is dataclasses.MISSING else "all"
+            values = [scale.get(field.name, own) for scale in scales.values()]
+            shown = values[:1] if len(set(map(str, values))) == 1 else values
+            shown = " / ".join(map(str, shown))
+            text = f"--{field.name}  {field.metadata['help']} ({shown})"
+            lines += textwrap.wrap(
+                text, columns - 1, initial_indent="  ", subsequent_indent=" " * 6
+            )
+    return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""Doing the stages of a run: which there are to do, in order, each noted in the manifest when done.
+
+This file knows what a stage reads and writes and which settings it follows from, not what it does.
+"""
+
+import dataclasses
+import shutil
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from accelerate import PartialState
+
+from experiment import folder
+from experiment.folder import Manifest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of files to files: function(run, settings, work) with a folder for what is not
+    finished.
+
+    reads: names of stages; writes: files and folders below the run's. shared: which settings of the
+    whole run its result follows from, beside its own.
+    """
+
+    function: Callable[[Any, Any, Path], None]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ("seed", "env")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages that a command names, with their settings and those that all share.
+
+    Settings may have `recorded()`, what of them counts (else all do), and `inputs()`, hashes of the
+    files that they name.
+    """
+
+    manifest: Manifest
+    stages: Mapping[str, Stage]
+    names: Sequence[str]  # of those to run if need be
+    settings: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    force: bool
+
+    def record(self, name: str) -> dict:
+        """What a stage's result follows from: {run, settings, inputs}."""
+        settings = self.settings[name]
+        recorded = getattr(settings, "recorded", lambda: dataclasses.asdict(settings))
+        inputs = getattr(settings, "inputs", dict)
+        shared = {key: self.shared[key] for key in self.stages[name].shared}
+        return {"run": shared, "settings": recorded(), "inputs": inputs()}
+
+    def fingerprint(self, name: str) -> str:
+        """Hash of what a stage's result follows from; of an input its content counts, not its name."""
+        record = self.record(name)
+        counts = {**record["run"], **record["settings"], **record["inputs"]}
+        return self.manifest.fingerprint(name, counts, self.stages[name].reads)
+
+    def to_do(self) -> list[str]:
+        """The stages that are not done with these settings, or follow one that is not."""
+        undone = []
+        for name in self.names:
+            follows = set(self.stages[name].reads) & set(undone)
+            if self.force or follows or not self.manifest.is_done(name, self.fingerprint(name)):
+                undone.append(name)
+        return undone
+
+    def check(self, given: Iterable[str]) -> None:
+        """Raise ValueError where a stage lacks an input, or has one that was made with other
+        settings than this command gives.
+        """
+        for name in self.names:
+            for needed in self.stages[name].reads:
+                if needed not in (*self.names, *self.manifest.stages):
+                    raise ValueError(
+                        f"stage {name!r} reads what stage {needed!r} writes, and "
+                        f"{self.manifest.run} has none; run `--stage {needed}` first"
+                    )
+        for name in self.upstream():
+            before = self.manifest.stages[name]
+            wanted = self.record(name)
+            pairs = [(key, before["run"], wanted["run"]) for key in wanted["run"]]
+            named = [key for key in given if key in wanted["settings"]]
+            pairs += [(key, before["settings"], wanted["settings"]) for key in named]
+            for key, was, would_be in pairs:
+                if was.get(key) != would_be[key]:
+                    raise ValueError(
+                        f"stage {name!r} was run with --{key} {was.get(key)}, and this command has "
+                        f"{would_be[key]}; repeat that option, or name {name!r} in --stage too"
+                    )
+
+    def upstream(self) -> list[str]:
+        """Stages whose output those of this command follow from, directly or not, in order."""
+        found = set()
+        following = list(self.names)
+        while following:
+            needed = self.stages[following.pop()].reads
+            found.update(needed)
+            following.extend(needed)
+        return [name for name in self.stages if name in found and name not in self.names]
+
+    def in_words(self, todo: Sequence[str], minutes: Mapping[str, float]) -> str:
+        """What will happen: a paragraph a stage."""
+        columns = min(max(shutil.get_terminal_size().columns, 80), 120) - 1
+        paragraphs = []
+        for name in self.names:
+            settings = [f"{key} {value}" for key, value in self.record(name)["settings"].items()]
+            status = "done before" if name not in todo else ""
+            if not status and name in minutes:
+                status = f"~{max(1, round(minutes[name]))} min"
+            text = f"  {name:9} {status:12} {', '.join(settings)}"
+            paragraphs.append(textwrap.fill(text, columns, subsequent_indent=" " * 25))
+        return "\n".join(paragraphs)
+
+
+def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None]) -> None:
+    """Run stages one after the other, on all processes; the main one notes each when it is done.
+
+    begins: told the name of each stage. A stage that writes nothing is not noted.
+    """
+    state = PartialState()
+    manifest = plan.manifest
+    for number, name in enumerate(todo):
+        begins(name)
+        manifest.read()
+        stage = plan.stages[name]
+        work = manifest.run / folder.UNFINISHED / f"{name}-{plan.fingerprint(name)}"
+        earlier = 0.0
+        if state.is_main_process:
+            print(f"{name} ...", flush=True)
+            manifest.check_files(set(stage.reads) - set(todo[:number]))
+            if stage.writes:
+                manifest.begin(work, anew=plan.force)
+                earlier = folder.begin_stretch(work)
+        state.wait_for_everyone()
+        transformers.set_seed(plan.shared["seed"])
+        began = time.time()
+        stage.function(run, plan.settings[name], work)
+        state.wait_for_everyone()
+        seconds = round(earlier + time.time() - began, 1)
+        if state.is_main_process:
+            if stage.writes:
+                record = {"fingerprint": plan.fingerprint(name), **plan.record(name)}
+                manifest.stages[name] = {**record, "time_s": seconds, "files": {}}
+                leave_records(plan, name)
+                manifest.note(name, stage.writes)
+            print(f"{name} took {seconds:.0f} s", flush=True)
+        state.wait_for_everyone()
+
+
+def leave_records(plan: Plan, name: str) -> None:
+    """What a finished stage leaves beside its result: a line in the log, the settings of all stages
+    that are done in config.yaml, and these and the seconds of each in results.json.
+    """
+    run, done = plan.manifest.run, plan.manifest.stages
+    folder.append_json(run / "logs" / "stages.jsonl", stage=name, time_s=done[name]["time_s"])
+    config = dict(plan.shared)
+    for record in done.values():
+        config |= record["settings"]
+    with folder.replacing(run / "config.yaml") as aside:
+        text = yaml.safe_dump({"stage": list(done), **config}, sort_keys=False, allow_unicode=True)
+        aside.write_text(CONFIG_HEAD + text, encoding="utf-8")
+    if name == "evaluate":
+        seconds = {stage: done[stage]["time_s"] for stage in plan.stages if stage in done}
+        seconds.pop("report", None)
+        results = folder.read_json(run / "results.json")
+        folder.write_json(run / "results.json", {**results, "time_s": seconds, "config": config})
+
+
+CONFIG_HEAD = (
+    "# To repeat this run: python kalm.py --config THIS_FILE --output_dir ANOTHER_FOLDER\n"
+)

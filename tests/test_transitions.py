@@ -1,0 +1,114 @@
+"""What policies learn from: buffers, balanced or not, batches, encodings of goal texts."""
+
+import numpy as np
+import pytest
+import torch
+from test_rl import TEXTS, random_records, toy_record, toy_table
+
+from data import llm
+from data.transitions import Buffer, GoalTable, encode_texts, sample_batch
+
+# ------------------------------------------------------------------------------- buffers, batches
+
+
+def test_a_balanced_buffer_draws_each_goal_alike_and_each_of_its_transitions_alike():
+    records = [r for r in random_records(40) if r["goal"] != TEXTS[2]] + random_records(3)[2:]
+    for balanced in (False, True):
+        buffer = Buffer(records, toy_table(), balanced=balanced)
+        rows = buffer.draw((2, 20000), torch.Generator().manual_seed(0))
+        assert rows.shape == (2, 20000)
+        drawn = torch.bincount(rows.flatten(), minlength=len(buffer)) / rows.numel()
+        goal = buffer.transitions.goal
+        sizes = torch.bincount(goal)
+        expected = 1 / (3 * sizes[goal]) if balanced else torch.full_like(drawn, 1 / len(buffer))
+        assert sizes.max() > 5 * sizes.min()
+        torch.testing.assert_close(drawn, expected, rtol=0.25, atol=1e-3)
+
+
+def test_balancing_and_dropping_keep_transitions_whole():
+    records = random_records(30)
+    for r in records:
+        r["dynamics_error"] = np.abs(r["observations"][:-1, 0])
+
+    def transitions(records, **options):
+        buffer = Buffer(records, toy_table(), **options)
+        columns = [column.reshape(len(buffer), -1).float() for column in buffer.transitions]
+        return sorted(map(tuple, torch.cat(columns, 1).tolist()))
+    plain = transitions(records)
+    assert len(plain) == sum(len(r["actions"]) for r in records)
+    assert transitions(records, balanced=True) == plain
+    believed = transitions(records, balanced=True, dynamics_tolerance=0.2)
+    assert believed == [t for t in plain if abs(t[0]) <= 0.2] and 0 < len(believed) < len(plain)
+    unchecked = [{**r, "dynamics_error": None} for r in records]  # nothing says that they are off
+    assert transitions(unchecked, dynamics_tolerance=0.2) == plain
+    assert len(Buffer([], toy_table(), balanced=True)) == 0
+
+
+def test_a_buffer_lays_transitions_out_flat_and_is_done_at_successful_ends_only():
+    obs = np.arange(60, dtype=np.float32).reshape(6, 10)
+    buffer = Buffer([toy_record(obs[:4], [1, 2, 3], [5, 6, 100], True),
+                        toy_record(obs[4:], [4], [7], False, TEXTS[2])], toy_table())
+    expected = (obs[[0, 1, 2, 4]], [0, 0, 0, 2], [1, 2, 3, 4], [5, 6, 100, 7], obs[[1, 2, 3, 5]],
+                [0, 0, 1, 0])
+    assert len(buffer) == 4
+    for found, wanted in zip(buffer.take(torch.arange(4)), expected):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("share, buffers, expected", [
+    (0.5, 0, [10]), (0.5, 1, [5, 5]), (0.5, 2, [5, 2, 3]), (0.6, 3, [4, 2, 2, 2]),
+    (0.0, 2, [10, 0, 0])])
+def test_a_batch_is_real_and_imaginary_in_the_asked_shares(share, buffers, expected):
+    sources = [Buffer(random_records(20, i), toy_table()) for i in range(buffers + 1)]
+    for number, buffer in enumerate(sources):
+        buffer.transitions.reward[:] = number
+    generator = torch.Generator().manual_seed(0)
+    batch = sample_batch(sources[0], sources[1:], 10, 3, share, generator)
+    assert [x.shape for x in batch] == [(3, 10, 10), *[(3, 10)] * 3, (3, 10, 10), (3, 10)]
+    for row in batch.reward:
+        assert [int((row == number).sum()) for number in range(buffers + 1)] == expected
+    assert not torch.equal(batch.obs[0], batch.obs[1])  # each seed draws its own
+
+
+# --------------------------------------------------------------------------------- goal encodings
+
+SENTENCES = [f"{verb} the {color} ball {end}." for verb in ("Put", "Could you gently move")
+             for color in ("red", "blue", "green")
+             for end in ("left", "behind the purple ball and the cyan one", "to where I like it")]
+
+
+def test_text_encodings_are_token_means_whatever_the_batch():
+    model, tokenizer = llm.tiny(SENTENCES)
+    encodings = encode_texts(SENTENCES, model.base_model, tokenizer)
+    assert encodings.shape == (18, 64) and encodings.dtype == torch.float32
+    by_four = encode_texts(SENTENCES, model.base_model, tokenizer, batch_size=4)
+    torch.testing.assert_close(by_four, encodings, rtol=1e-4, atol=1e-5)
+    for text, encoding in zip(SENTENCES, encodings):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            hidden = model.base_model(ids).last_hidden_state[0]
+        torch.testing.assert_close(hidden.mean(0), encoding, rtol=1e-4, atol=1e-5)
+
+
+def test_a_goal_table_is_standardised_by_its_training_texts_and_survives_the_disk(tmp_path):
+    model, tokenizer = llm.tiny(SENTENCES)
+    training, novel = SENTENCES[:12], SENTENCES[9:]
+    table = GoalTable.encode(training * 2, novel, model.base_model, tokenizer)
+    known = table.table[table.rows(training)]
+    np.testing.assert_allclose(known.mean(0), np.zeros(64), atol=1e-4)
+    np.testing.assert_allclose(known.std(0), np.ones(64), atol=1e-2)
+    table.save(tmp_path / "goals.safetensors")
+    loaded = GoalTable.load(tmp_path / "goals.safetensors")
+    assert torch.equal(loaded.table, table.table) and torch.equal(loaded.scale, table.scale)
+    assert loaded.index == table.index and len(loaded.table) == 18
+
+
+def test_a_goal_added_to_a_table_is_encoded_as_if_it_had_been_there():
+    model, tokenizer = llm.tiny(SENTENCES)
+    encoder = model.base_model, tokenizer
+    together = GoalTable.encode(SENTENCES[:9], SENTENCES[-1:], *encoder)
+    added = GoalTable.encode(SENTENCES[:9], [], *encoder).with_text(SENTENCES[-1], *encoder)
+    assert added.index == together.index
+    torch.testing.assert_close(added.table, together.table, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="--stage learn"):
+        GoalTable(["a"], torch.zeros(1, 64)).with_text("b", *encoder)
