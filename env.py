@@ -1,8 +1,8 @@
-"""Worlds: what the rest of KALM asks of an environment, and what can be done in any of them.
+"""Worlds: what KALM asks of an environment, and what can be done in any of them.
 
 A world is one class in one file (worlds/clevr_robot.py is the default): physics as a pure function
-of arrays, goals in words with their judge, an expert. Here are the questions that a world answers,
-goals and rollout records, episodes in lockstep, Gymnasium's interface and animated pictures.
+of arrays, goals in words with their judge, an expert. Here are the questions that it answers, goals
+and rollout records, episodes in lockstep, Gymnasium's interface and animated pictures.
 This file knows no particular world and nothing of learning: no torch, no language model.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+from numpy import ndarray
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -69,8 +71,7 @@ def goal_from_json(record: dict, world: "World") -> Goal:
     for relation in relations:
         if not isinstance(relation, (list, tuple)):
             raise ValueError(f"a relation is a list of names, got {relation!r}")
-    relations = tuple(tuple(relation) for relation in relations)
-    goal = Goal(record["text"], record["level"], record["kind"], relations)
+    goal = Goal(record["text"], record["level"], record["kind"], tuple(map(tuple, relations)))
     world.check_goal(goal)
     return goal
 
@@ -83,15 +84,13 @@ def read_goals(path: str | Path, world: "World") -> list[Goal]:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     goals = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut strings at U+2028
-        if not line.strip():
-            continue
         try:
-            goals.append(goal_from_json(json.loads(line), world))
+            if line.strip():
+                goals.append(goal_from_json(json.loads(line), world))
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = getattr(error, "msg", "nested too deep")
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({problem}); write one JSON object a line"
-            ) from None
+            problem = f"not JSON ({getattr(error, 'msg', 'nested too deep')})"
+            problem += "; write one JSON object a line"
+            raise ValueError(f"{path}, line {number}: {problem}") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not goals:
@@ -107,12 +106,8 @@ def write_goals(path: Path, goals: Sequence[Goal]) -> None:
 
 def by_level(goals: Sequence[Goal]) -> dict[str, list[Goal]]:
     """Goals by their level, levels in their usual order, those without goals left out."""
-    found = {}
-    for level in LEVELS:
-        of_level = [goal for goal in goals if goal.level == level]
-        if of_level:
-            found[level] = of_level
-    return found
+    levels = {level: [goal for goal in goals if goal.level == level] for level in LEVELS}
+    return {level: found for level, found in levels.items() if found}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,55 +115,48 @@ def by_level(goals: Sequence[Goal]) -> dict[str, list[Goal]]:
 
 
 class World:
-    """An environment as the stages of KALM see it. Subclass it; what raises NotImplementedError is
-    yours to write.
+    """An environment as KALM sees it. Subclass it; what raises NotImplementedError is yours.
 
-    Arrays have a batch dimension B first. An observation is (observation_dim,) float32, a state
-    (state_dim,) float64
-    is all that physics needs to go on, an action is an integer below num_actions. Where `goals` are
-    asked for, they
-    are B goals, or what `encode_goals` made of them.
+    Arrays begin with a batch dimension B. An observation is (observation_dim,) float32; a state,
+    (state_dim,) float64, is all that physics needs to go on; an action is an integer below
+    num_actions. Where `goals` are asked for, they are B goals or what `encode_goals` made of them.
     """
 
-    name: str
+    name: str  # as `make` takes it
     observation_dim: int
     num_actions: int
     state_dim: int
     max_steps: int = 50  # actions in an episode
     observation_limit: float = np.inf  # the largest number that an observation can have
     observation_scale: float = 1.0  # policies read observations divided by it: about one in size
-    kinds: tuple[str, ...]  # kinds of goals that it can judge
+    kinds: tuple[str, ...]  # of goals that it can judge
     one_step_kinds: tuple[str, ...] = ()  # those that are over after one action, met or not
-    # An observation lists so many like objects, each with as many numbers, and an action is object
-    # * moves + move. The model then predicts dynamics as seen from the acted object. 1: no such
-    # structure, a plain head.
+    # An observation lists so many like objects, each with as many numbers, and an action is
+    # object * moves + move: the model then predicts dynamics as seen from the acted object.
+    # 1: no such structure, a plain head.
     objects: int = 1
 
     # Physics
 
-    def step_batch(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """States (B, state_dim) after one action each: a pure function, whatever the batch and its
-        order.
-        """
+    def step_batch(self, states: ndarray, actions: ndarray) -> ndarray:
+        """States (B, state_dim) after one action each: pure, whatever the batch and its order."""
         raise NotImplementedError
 
-    def observe(self, states: np.ndarray) -> np.ndarray:
+    def observe(self, states: ndarray) -> ndarray:
         """What is seen of states: (..., state_dim) -> (..., observation_dim) float32."""
         raise NotImplementedError
 
-    def state_from_observation(self, obs: np.ndarray) -> np.ndarray:
-        """The nearest state that can be, for observations that may be imagined: (...,
-        state_dim).
-        """
+    def state_from_observation(self, obs: ndarray) -> ndarray:
+        """The nearest states that can be, for observations that may be imagined."""
         raise NotImplementedError
 
-    def initial_states(self, rng: np.random.Generator, n: int, goals=None) -> np.ndarray:
+    def initial_states(self, rng: Generator, n: int, goals=None) -> ndarray:
         """n starts of episodes, (n, state_dim), where given suitable for n goals."""
         raise NotImplementedError
 
     # Goals
 
-    def sample_goals(self, level: str, split: str, n: int, rng: np.random.Generator) -> list[Goal]:
+    def sample_goals(self, level: str, split: str, n: int, rng: Generator) -> list[Goal]:
         """n built-in goals. split: "train" for level offline, else "validation" or "test"."""
         raise NotImplementedError
 
@@ -176,151 +164,126 @@ class World:
         """The goal that a typed sentence states; kind unknown where that is not plain."""
         return Goal(text, "hard")
 
-    def recorded_goal(self, text: str, code: np.ndarray | None = None) -> Goal:
-        """The goal of a recording that has its sentence alone, or also numbers for it. Raises
-        ValueError.
-        """
+    def recorded_goal(self, text: str, code: ndarray | None = None) -> Goal:
+        """The goal of a recording that has its sentence, perhaps numbers. Raises ValueError."""
         goal = self.goal_of_text(text)
         if goal.kind == UNJUDGED:
             raise ValueError(
-                f"instructions: cannot tell the goal from {text[:80]!r}, so the rollout cannot be judged; add the "
-                "fields 'kind' and 'relations' (data/README.md)"
+                f"instructions: cannot tell the goal from {text[:80]!r}, so the rollout cannot be "
+                "judged; add the fields 'kind' and 'relations' (data/README.md)"
             )
         return Goal(text, "offline", goal.kind, goal.relations)
 
     def check_goal(self, goal: Goal) -> None:
-        """Raise ValueError, saying what is allowed, where kind or relations are none of this
-        world's.
-        """
+        """Raise ValueError, saying what is allowed, for kinds or relations of other worlds."""
         if goal.kind not in (*self.kinds, UNJUDGED):
             kinds = ", ".join((*self.kinds, UNJUDGED))
             raise ValueError(f"unknown kind {goal.kind!r}; kinds are {kinds}")
         if goal.kind == UNJUDGED and goal.relations:
-            raise ValueError(
-                f"a goal of kind {UNJUDGED!r} takes 0 relations, got {len(goal.relations)}"
-            )
+            count = len(goal.relations)
+            raise ValueError(f"a goal of kind {UNJUDGED!r} takes 0 relations, got {count}")
 
-    def encode_goals(self, goals: Sequence[Goal] | np.ndarray) -> np.ndarray:
-        """Goals as an array whose rows can be chosen, in the form in which the judge reads them
-        fastest.
-        """
-        if isinstance(goals, np.ndarray):
+    def encode_goals(self, goals: Sequence[Goal] | ndarray) -> ndarray:
+        """Goals as an array with a row each, as the judge reads them fastest; arrays stay."""
+        if isinstance(goals, ndarray):
             return goals
         encoded = np.empty(len(goals), object)
         encoded[:] = goals
         return encoded
 
-    def one_step(self, goals) -> np.ndarray:
+    def one_step(self, goals) -> ndarray:
         """Which goals are over after one action: (B,) bool."""
         return np.array([goal.kind in self.one_step_kinds for goal in goals], bool)
 
     # Language: what a grounded model is taught to say, and how it is read
 
+    def vocabulary(self) -> list[str]:
+        """Texts that hold the words of training goals and explanations, for the tiny LLM."""
+        goals = self.sample_goals("offline", "train", 200, np.random.default_rng(0))
+        return [goal.text for goal in goals] + [self.canonical_text(goal) for goal in goals]
+
     def canonical_text(self, goal: Goal) -> str:
         """The plain sentence that explains a rollout of an offline goal."""
         return goal.text
 
-    def vocabulary(self) -> list[str]:
-        """Texts that hold the words of training goals and explanations, for the tiny LLM."""
-        goals = self.sample_goals("offline", "train", 200, np.random.default_rng(0))
-        return [text for goal in goals for text in (goal.text, self.canonical_text(goal))]
-
     def explanation_scores(
-        self, goals: Sequence[Goal], explanations: Sequence[str], final_obs: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """What explanations of rollouts get right: {part: (B,) bool}. final_obs: (B,
-        observation_dim).
-        """
+        self, goals: Sequence[Goal], explanations: Sequence[str], final_obs: ndarray
+    ) -> dict[str, ndarray]:
+        """What explanations of rollouts get right: {part: (B,) bool}."""
         right = [said == self.canonical_text(goal) for said, goal in zip(explanations, goals)]
         return {"exact": np.array(right, bool)}
 
     def explanation_fits(self, goal_text: str, explanation: str) -> bool:
-        """Whether an explanation may be one of this goal, by its words alone: no judge is asked."""
+        """Whether an explanation may be one of this goal, by its words alone: no judge."""
         return True
 
-    def describe(
-        self, obs: np.ndarray, count: int, rng: np.random.Generator
-    ) -> list[tuple[int, str, str]]:
-        """At most count true sentences about states (N, observation_dim): (row, how it begins, how
-        it goes on).
-        """
+    def describe(self, obs: ndarray, count: int, rng: Generator) -> list[tuple[int, str, str]]:
+        """At most count true sentences about states (N, D): (row, beginning, end)."""
         return []
 
     # Judging
 
-    def success(self, goals, obs, next_obs, actions, imagined: bool = False) -> np.ndarray:
-        """Whether transitions fulfil goals: (B,) bool. imagined: nobody saw to it that next_obs is
-        physical.
-        """
+    def success(self, goals, obs, next_obs, actions, imagined: bool = False) -> ndarray:
+        """Which transitions fulfil goals, (B,). imagined: nobody saw to it that they can be."""
         raise NotImplementedError
 
-    def potential(self, goals, obs: np.ndarray) -> np.ndarray:
+    def potential(self, goals, obs: ndarray) -> ndarray:
         """How far observations are from goals, (B,); the reward pays for reducing it."""
         return np.zeros(len(obs))
 
-    def reward(self, goals, obs, next_obs, actions, imagined: bool = False) -> np.ndarray:
-        """+100 where a transition succeeds, else ten times the reduction of the potential: (B,)."""
+    def reward(self, goals, obs, next_obs, actions, imagined: bool = False) -> ndarray:
+        """+100 where a transition succeeds, else ten times the reduction of the potential."""
         shaped = 10 * (self.potential(goals, obs) - self.potential(goals, next_obs))
         return np.where(self.success(goals, obs, next_obs, actions, imagined), 100.0, shaped)
 
-    def fulfilled(self, goals, obs: np.ndarray) -> np.ndarray:
+    def fulfilled(self, goals, obs: ndarray) -> ndarray:
         """Which goals are met before any action, as one-step goals never are: (B,) bool."""
         no_actions = np.zeros(len(obs), int)
         return ~self.one_step(goals) & self.success(goals, obs, obs, no_actions)
 
-    def plausibility(self, obs: np.ndarray, next_obs: np.ndarray) -> dict[str, float]:
+    def plausibility(self, obs: ndarray, next_obs: ndarray) -> dict[str, float]:
         """Rates of what cannot be among imagined transitions (paper, section 5.3)."""
         return {}
 
-    def expert_actions(self, goals, obs: np.ndarray) -> np.ndarray:
+    def expert_actions(self, goals, obs: ndarray) -> ndarray:
         """Actions toward offline goals, (B,), of which enough succeed to learn from."""
         raise NotImplementedError
 
     # Symmetries, words and pictures
 
-    def rename(self, records: list[dict], rng: np.random.Generator) -> list[dict]:
+    def rename(self, records: list[dict], rng: Generator) -> list[dict]:
         """The same rollouts under one exact symmetry of the world, drawn by rng."""
         return records
 
     def goal_in_words(self, goal: Goal) -> str:
         """What the judge asks for."""
-        return (
-            " and ".join(" ".join(map(str, relation)) for relation in goal.relations) or goal.kind
-        )
+        relations = [" ".join(map(str, relation)) for relation in goal.relations]
+        return " and ".join(relations) or goal.kind
 
-    def change_in_words(self, before: np.ndarray, after: np.ndarray) -> str:
+    def change_in_words(self, before: ndarray, after: ndarray) -> str:
         """What became different between two observations."""
-        changed = np.flatnonzero(~np.isclose(before, after)).tolist()
-        return (
-            f"numbers {', '.join(map(str, changed))} of the observation" if changed else "nothing"
-        )
+        changed = ", ".join(map(str, np.flatnonzero(~np.isclose(before, after))))
+        return f"numbers {changed} of the observation" if changed else "nothing"
 
-    def draw(self, obs: np.ndarray, action: int | None = None, size: int = 256) -> np.ndarray:
-        """A picture (size, size, 3) uint8 of an observation, and of the action about to be
-        taken.
-        """
-        image = Image.new("RGB", (size, size), "white")
+    def draw(self, obs: ndarray, action: int | None = None, size: int = 256) -> ndarray:
+        """A picture (size, size, 3) uint8 of an observation and the action about to be taken."""
         lines = [f"{number:.2f}" for number in obs]
-        if action is not None:
-            lines.append(f"action {action}")
+        lines += [] if action is None else [f"action {action}"]
+        image = Image.new("RGB", (size, size), "white")
         ImageDraw.Draw(image).multiline_text((8, 24), "\n".join(lines), fill="black")
         return np.asarray(image)
 
 
 def make(name: str = DEFAULT_WORLD) -> World:
-    """The world of a name in worlds/, or of path/to/file.py:Class. Raises ValueError if there is
-    none.
-    """
-    path, _, class_name = name.rpartition(":") if ".py:" in name else (name, "", "")
-    if class_name:
+    """The world of a name in worlds/, or of path/to/file.py:Class. Raises ValueError if none."""
+    path, _, class_name = name.rpartition(":")
+    if path.endswith(".py"):
         found = getattr(_module_of_file(path), class_name, None)
     elif name.isidentifier() and (WORLDS / f"{name}.py").is_file():
         found = importlib.import_module(f"worlds.{name}").WORLD
     else:
         known = ", ".join(sorted(path.stem for path in WORLDS.glob("[a-z]*.py")))
-        raise ValueError(
-            f"--env {name}: no such world; worlds are {known}, or path/to/file.py:Class"
-        )
+        raise ValueError(f"--env {name}: there is {known}, or give path/to/file.py:Class")
     if not (isinstance(found, type) and issubclass(found, World)):
         raise ValueError(f"--env {name}: {class_name} is not a class made from env.World")
     world = found()
@@ -329,9 +292,7 @@ def make(name: str = DEFAULT_WORLD) -> World:
 
 
 def _module_of_file(path: str):
-    """The module of a Python file anywhere. The file's name is no name for imports, so it takes
-    none from others.
-    """
+    """The module of a Python file anywhere, under a name that no import takes."""
     if not Path(path).is_file():
         raise ValueError(f"--env {path}: no such file")
     spec = importlib.util.spec_from_file_location(f"world_{Path(path).stem}", path)
@@ -344,24 +305,18 @@ def _module_of_file(path: str):
 # Episodes
 
 
-def unfulfilled_states(world: World, rng: np.random.Generator, goals) -> np.ndarray:
+def unfulfilled_states(world: World, rng: Generator, goals) -> ndarray:
     """A start for each goal that does not fulfil it yet: (len(goals), state_dim)."""
     encoded = world.encode_goals(goals)
     states = world.initial_states(rng, len(encoded), encoded)
-    while True:
-        fulfilled = world.fulfilled(encoded, world.observe(states))
-        if not fulfilled.any():
-            return states
+    while (fulfilled := world.fulfilled(encoded, world.observe(states))).any():
         again = encoded[fulfilled]
         states[fulfilled] = world.initial_states(rng, len(again), again)
+    return states
 
 
-def unfulfilled_observations(
-    world: World, rng: np.random.Generator, goals, observations: np.ndarray
-) -> np.ndarray:
-    """One of observations (N, D) for each goal that does not fulfil it yet: (len(goals), D). Gives
-    up after 100 draws.
-    """
+def unfulfilled_observations(world: World, rng: Generator, goals, observations: ndarray) -> ndarray:
+    """One of observations (N, D) for each goal, not fulfilling it. Gives up after 100 draws."""
     encoded = world.encode_goals(goals)
     chosen = observations[rng.integers(len(observations), size=len(encoded))]
     for _ in range(100):
@@ -372,25 +327,22 @@ def unfulfilled_observations(
     return chosen
 
 
-Policy = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # (observations (b, D), episodes (b,)) -> actions (b,)
+Policy = Callable[[ndarray, ndarray], ndarray]  # (observations (b, D), episodes (b,)) -> actions
 
 
 def run_episodes(
     world: World,
     policy: Policy,
     goals: Sequence[Goal],
-    states: np.ndarray,
+    states: ndarray,
     max_steps: int | None = None,
     description: str | None = None,
 ) -> list[dict]:
     """Act in the world, all episodes in lockstep, each until its success or max_steps.
 
-    policy(obs, rows): actions for observations (b, observation_dim) of the episodes `rows` (b,),
-    those that still run.
-    states: (B, state_dim) starts. One-step goals last one action. description: of a progress bar.
-    Returns B rollout records (see `rollout_record`).
+    policy(obs, rows): actions for observations (b, D) of the episodes `rows` (b,), those that still
+    run. states: (B, state_dim) starts. One-step goals last one action. description: of a progress
+    bar. Returns B rollout records (see `rollout_record`).
     """
     encoded = world.encode_goals(goals)
     one_step = world.one_step(encoded)
@@ -412,8 +364,7 @@ def run_episodes(
             actions[row].append(taken)
         running = running[~met & ~one_step[running]]
     records = []
-    for goal, path, taken in zip(goals, paths, actions):
-        path = np.array(path)
+    for goal, path, taken in zip(goals, map(np.array, paths), actions):
         taken = np.array(taken, np.int64)
         records.append(rollout_record(world, goal, world.observe(path), taken, states=path))
     return records
@@ -432,18 +383,11 @@ def replay(plans: Sequence[Sequence[int]]) -> Policy:
 
 
 def rollout_record(
-    world: World,
-    goal: Goal,
-    observations: np.ndarray,
-    actions: np.ndarray,
-    states: np.ndarray | None = None,
-    imagined: bool = False,
+    world: World, goal: Goal, observations, actions, states=None, imagined: bool = False
 ) -> dict:
-    """One row of a rollouts dataset: rewards and success are judged here, real and imagined
-    rollouts alike.
+    """One row of a rollouts dataset: rewards and success are judged here, real or imagined.
 
-    observations: (T+1, observation_dim); actions: (T,) int64; states: (T+1, state_dim) where they
-    are known.
+    observations: (T+1, observation_dim); actions: (T,); states: (T+1, state_dim) where known.
     """
     encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
     transitions = (encoded, observations[:-1], observations[1:], actions, imagined)
@@ -460,27 +404,21 @@ def rollout_record(
 
 def goal_of(record: dict) -> Goal:
     """The goal of a rollout record or dataset row."""
-    relations = tuple(tuple(relation) for relation in record["relations"])
+    relations = tuple(map(tuple, record["relations"]))
     return Goal(record["goal"], record["level"], record["kind"], relations)
 
 
 class WorldEnv(gymnasium.Env):
-    """Any world with Gymnasium's interface. The goal is in info["goal"], as text.
+    """Any world with Gymnasium's interface; the goal is in info["goal"], as text.
 
     world: a World, or its name as `make` takes it. reset options: "goal", a Goal (default: a random
-    training goal);
-    "state", a (state_dim,) state. info tells goal, level, kind, relations (JSON), state and success
-    at every step.
+    training goal); "state", a (state_dim,) state. info has goal, level, kind, relations (JSON),
+    state and success at every step.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 
-    def __init__(
-        self,
-        world: World | str = DEFAULT_WORLD,
-        render_mode: str | None = None,
-        max_steps: int | None = None,
-    ):
+    def __init__(self, world: World | str = DEFAULT_WORLD, render_mode=None, max_steps=None):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode is None or 'rgb_array', got {render_mode!r}")
         self.world = make(world) if isinstance(world, str) else world
@@ -491,29 +429,30 @@ class WorldEnv(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Box(-limit, limit, shape, np.float32)
         self.action_space = gymnasium.spaces.Discrete(self.world.num_actions)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed=None, options=None) -> tuple[ndarray, dict]:
+        """Begin an episode."""
         super().reset(seed=seed)
         options = options or {}
-        goal = (
-            options.get("goal") or self.world.sample_goals("offline", "train", 1, self.np_random)[0]
-        )
-        if not isinstance(goal, Goal):
-            raise ValueError(f"options['goal'] must be an env.Goal, got {type(goal).__name__}")
-        self.world.check_goal(goal)
-        self.goal = goal
+        drawn = self.world.sample_goals("offline", "train", 1, self.np_random)
+        self.goal = options.get("goal") or drawn[0]
+        if not isinstance(self.goal, Goal):
+            raise ValueError(f"options['goal'] must be an env.Goal, got {type(self.goal).__name__}")
+        self.world.check_goal(self.goal)
         if "state" in options:
-            state = np.array(options["state"], np.float64)
+            self.state = np.array(options["state"], np.float64)
         else:
-            state = unfulfilled_states(self.world, self.np_random, [goal])[0]
-        if state.shape != (self.world.state_dim,) or not np.isfinite(state).all():
+            self.state = unfulfilled_states(self.world, self.np_random, [self.goal])[0]
+        size = self.world.state_dim
+        if self.state.shape != (size,) or not np.isfinite(self.state).all():
+            shape = self.state.shape
             raise ValueError(
-                f"options['state'] must be ({self.world.state_dim},) finite numbers, got shape {state.shape}"
+                f"options['state'] must be ({size},) finite numbers, got shape {shape}"
             )
-        self.state = state
         self.steps = 0
-        return self.world.observe(state), self._info(success=False)
+        return self.world.observe(self.state), self._info(success=False)
 
-    def step(self, action):
+    def step(self, action) -> tuple[ndarray, float, bool, bool, dict]:
+        """Gymnasium's five: observation, reward, terminated, truncated, info."""
         before = self.world.observe(self.state)[None]
         actions = np.array([action])
         self.state = self.world.step_batch(self.state[None], actions)[0]
@@ -527,51 +466,36 @@ class WorldEnv(gymnasium.Env):
 
     def _info(self, success):
         goal = self.goal.to_json()
-        relations = json.dumps(goal["relations"])
-        told = {"goal": goal["text"], "level": goal["level"], "kind": goal["kind"]}
-        return {**told, "relations": relations, "state": self.state.copy(), "success": success}
+        goal["relations"] = json.dumps(goal["relations"])
+        return {"goal": goal.pop("text"), **goal, "state": self.state.copy(), "success": success}
 
-    def render(self):
-        if self.render_mode == "rgb_array":
-            return self.world.draw(self.world.observe(self.state))
-        return None
+    def render(self) -> ndarray | None:
+        """The scene as a picture, if that was asked for."""
+        return self.world.draw(self.world.observe(self.state)) if self.render_mode else None
 
 
-gymnasium.register(
-    "KALM/ClevrRobot-v0", entry_point="env:WorldEnv", kwargs={"world": "clevr_robot"}
-)
+gymnasium.register("KALM/ClevrRobot-v0", "env:WorldEnv", kwargs={"world": "clevr_robot"})
 
 # ----------------------------------------------------------------------------------------------
 # Pictures
 
 
 def save_gif(
-    path,
-    world: World,
-    *records: dict,
-    captions: Sequence[str] = ("",),
-    frame_ms: int = 350,
-    size: int = 256,
+    path, world: World, *records: dict, captions=("",), frame_ms: int = 350, size: int = 256
 ) -> None:
-    """Rollout records as an animated GIF, side by side, with a caption each. path: a file name or a
-    binary file.
+    """Rollout records as an animated GIF, side by side with a caption each.
+
+    path: a file name or a binary file.
     """
     strips = []
     for caption, record in zip(captions, records, strict=True):
         actions = [*map(int, record["actions"]), None]
         pictures = []
         for obs, action in zip(record["observations"], actions):
-            pictures.append(_captioned(world.draw(obs, action, size), caption))
+            image = Image.fromarray(world.draw(obs, action, size))
+            ImageDraw.Draw(image).text((8, 6), caption, fill=(20, 20, 20), font_size=10)
+            pictures.append(np.asarray(image))
         strips.append(pictures)
     frames = [Image.fromarray(np.concatenate(pictures, 1)) for pictures in zip(*strips)]
     rest = frames[1:] + frames[-1:] * 3  # the end is shown for longer
     frames[0].save(path, "GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0)
-
-
-def _captioned(picture, caption):
-    if not caption:
-        return picture
-    image = Image.fromarray(picture)
-    pen = ImageDraw.Draw(image)
-    pen.text((8, 6), caption, fill=(20, 20, 20), font_size=10)
-    return np.asarray(image)

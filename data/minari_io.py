@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import pyarrow.feather
 from gymnasium.envs.registration import EnvSpec
 
 import env
@@ -47,6 +48,9 @@ def recordings_of(path: Path) -> Iterator[dict]:
                 raise Refused(f"metadata.json has no {space!r}; refused")
         if metadata["data_format"] == "hdf5":
             recordings.open_hdf5(data / "main_data.hdf5").close()
+        elif metadata["data_format"] == "arrow":
+            for file in data.glob("*/*.arrow"):  # a damaged one can end the process
+                pyarrow.feather.read_table(file).validate(full=True)
         storage = Storage.read(data)
         rows = range(storage.total_episodes)
     except Refused:

@@ -49,6 +49,27 @@ def text_of(field: str, value: object) -> str:
     return str(value).removeprefix("\ufeff")
 
 
+def numbers(field: str, values: object, shape: tuple, longer: bool = False) -> np.ndarray:
+    """Values as an array of finite numbers of a shape, in which None stands for any size.
+
+    longer: the last axis may be longer, is cut, and becomes float32. Raises Refused.
+    """
+    values = np.asarray(values)
+    found = values.shape
+    if longer and len(found) == len(shape):
+        values = values[..., : shape[-1]]
+    wanted = tuple(have if want is None else want for have, want in zip(values.shape, shape))
+    if len(found) != len(shape) or values.shape != wanted:
+        raise Refused(f"{field} must have shape {shape}{' or longer' * longer}, got {found}")
+    if values.dtype.kind not in "biuf":
+        raise Refused(f"{field} must be numbers, got type {values.dtype}")
+    if not np.isfinite(values).all():
+        raise Refused(f"{field} has NaN or infinite values")
+    if longer and values.size and np.abs(values.astype(np.float64)).max() > LARGEST_NUMBER:
+        raise Refused(f"{field} has values beyond {LARGEST_NUMBER:g}")
+    return values.astype(np.float32) if longer else values
+
+
 def _check_elements(name, array):
     """Raise unless an array holds numbers or texts, and these are Unicode."""
     if array.dtype.kind not in "biufSUO" or array.dtype.itemsize == 0:

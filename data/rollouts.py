@@ -79,7 +79,9 @@ def _read_table(path, with_states):
         data = datasets.load_from_disk(str(path)).with_format("arrow")
         present = [name for name in wanted if name in data.column_names]
         schema = datasets.Features({name: FEATURES[name] for name in present}).arrow_schema
-        table = table_cast(data.select_columns(present)[:], schema)
+        table = data.select_columns(present)[:]
+        table.validate(full=True)  # what Arrow believes of a damaged file can end the process
+        table = table_cast(table, schema)
     except Exception as error:  # what the library meets in a folder that is not its own
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a rollouts dataset ({reason})") from None

@@ -1,0 +1,170 @@
+"""Dicts of padded arrays, rollouts first, then steps: their rows as recordings, and written as .npz.
+
+The layouts of the authors (several instructions, `goals` as numbers, `next_observations`) and of
+ImagineBench (an encoding behind the observations, goals in words). This file judges nothing.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import env
+from data import rollouts
+from data.recordings import PER_ROLLOUT, PER_STEP, Refused, checked_actions, numbers, text_of
+from experiment import folder
+
+
+def recordings_of(arrays: dict[str, np.ndarray], world: env.World, seed: int) -> Iterator[dict]:
+    """Rows of a dict of arrays as recordings (`formats.judged`); `masks` says which steps are real.
+
+    seed: draws one of several instructions. Raises ValueError that names the field.
+    """
+    for name in ("observations", "actions", "masks", "instructions"):
+        if name not in arrays:
+            raise Refused(f"field {name!r} is missing; data/README.md describes the format")
+    for name in PER_STEP:
+        if name in arrays and arrays[name].ndim == 3 and arrays[name].shape[2] == 1:
+            arrays[name] = arrays[name][..., 0]
+    shape = arrays["masks"].shape
+    if len(shape) != 2:
+        raise Refused(f"masks must have shape (rollouts, steps), got {shape}")
+    for name, array in arrays.items():
+        begin, wanted = array.shape[:2], [shape]
+        if name in PER_ROLLOUT:
+            begin, wanted = array.shape[:1], [shape[:1]]
+        elif array.dtype.hasobject:
+            raise Refused(f"{name} must be numbers, got type object")
+        if name in ("observations", "states"):
+            wanted.append((shape[0], shape[1] + 1))  # with the state after the last action
+        if begin not in wanted:
+            raise Refused(
+                f"{name} has shape {array.shape}, masks {shape}; both begin with rollouts, steps"
+            )
+    rng = np.random.default_rng(seed)
+    rows = range(shape[0])
+    return (_row({name: arrays[name][row] for name in arrays}, world, rng) for row in rows)
+
+
+def _row(fields, world, rng):
+    mask = numbers("masks", fields["masks"], (None,))
+    steps = int((mask != 0).sum())
+    if not np.isin(mask, (0, 1)).all() or (mask[:steps] == 0).any():
+        raise Refused("masks must be ones for the steps of the rollout, then zeros")
+    goal = {"goal": _draw(fields["instructions"], rng)}
+    for name in ("level", "kind", "relations"):
+        if name in fields:
+            goal[name] = text_of(name, fields[name])
+    if "goals" in fields:
+        goal["code"] = numbers("goals", fields["goals"], (None, None))
+    recording = {"goal": goal, "imagined": bool(numbers("imagined", fields.get("imagined", 0), ()))}
+    for name in ("actions", "rewards", "terminals", "dynamics_error"):
+        if name in fields and not _is_unknown(fields[name][:steps]):
+            recording[name] = fields[name][:steps]
+    if "states" in fields and not _is_unknown(fields["states"]):
+        recording["states"] = fields["states"][: steps + 1]
+    if "explanations" in fields:
+        recording["explanation"] = text_of("explanations", fields["explanations"]) or None
+    seen = fields["observations"]
+    if len(seen) > len(mask) or steps == 0:
+        return {**recording, "observations": seen[: steps + 1]}
+    before = numbers("observations", seen[:steps], (steps, world.observation_dim), longer=True)
+    if "next_observations" in fields:
+        seen = fields["next_observations"][:steps]
+        after = numbers("next_observations", seen, before.shape, longer=True)
+        if (np.abs(after[:-1] - before[1:]) > 1e-4).any():
+            raise Refused("next_observations of a step are not the observations of the next")
+    else:
+        check_reach(before, world)
+        last = checked_actions(fields["actions"][:steps], world)[-1:]
+        after = world.observe(world.step_batch(world.state_from_observation(before[-1:]), last))
+        recording["completed"] = True
+    return {**recording, "observations": np.concatenate([before, after[-1:]])}
+
+
+def _draw(texts, rng):
+    """One of a rollout's instructions."""
+    if isinstance(texts, (str, bytes)):
+        texts = [texts]
+    if getattr(texts, "ndim", 1) != 1 or len(texts) == 0:
+        raise Refused("instructions must be texts, one or several a rollout")
+    return text_of("instructions", texts[rng.integers(len(texts))])
+
+
+def _is_unknown(values):
+    """Whether numbers of a rollout are all NaN, which stands for a field that it does not have."""
+    return values.dtype.kind == "f" and bool(np.isnan(values).all())
+
+
+def check_reach(observations: np.ndarray, world: env.World) -> None:
+    """Raise ValueError where observations are beyond what the world can show."""
+    reach, limit = np.abs(observations).max(), world.observation_limit
+    if reach > limit:
+        raise ValueError(f"observations reach {reach:.3g}; in this world none is beyond {limit:g}")
+
+
+def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:
+    """Records as a dict of arrays, padded to the longest rollout.
+
+    Observations end in the goal text's encoding, if there is one.
+    """
+    lengths = np.array([len(record["actions"]) for record in records])
+    count, steps = len(records), lengths.max()
+    place = np.arange(steps)
+    success = np.array([record["success"] for record in records])
+    fields = {
+        "actions": _padded(records, "actions", steps),
+        "rewards": _padded(records, "rewards", steps),
+        "masks": (place < lengths[:, None]).astype(np.int32),
+        "terminals": (place == lengths[:, None] - 1) & success[:, None],
+        "instructions": np.array([record["goal"] for record in records]),
+        "level": np.array([record["level"] for record in records]),
+        "kind": np.array([record["kind"] for record in records]),
+        "relations": np.array([json.dumps(record["relations"]) for record in records]),
+        "imagined": np.array([rollouts.is_imagined(record) for record in records]),
+    }
+    if any(record.get("states") is not None for record in records):
+        fields["states"] = _padded(records, "states", steps + 1)
+    if any(record.get("explanation") is not None for record in records):
+        fields["explanations"] = np.array([record.get("explanation") or "" for record in records])
+        fields["dynamics_error"] = _padded(records, "dynamics_error", steps)
+    encodings = np.zeros((count, 0), np.float32)
+    if encode is not None:
+        encodings = np.asarray(encode([record["goal"] for record in records]), np.float32)
+    with folder.replacing(path) as aside:
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in fields.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
+            _write_observations(archive, "observations", records, steps, encodings, 0)
+            _write_observations(archive, "next_observations", records, steps, encodings[:, :0], 1)
+
+
+def _padded(records, field, steps):
+    """A field of records, (N, steps, ...), zero past the end; NaN where a record does not have it."""
+    known = [record[field] for record in records if record.get(field) is not None]
+    array = np.zeros((len(records), steps, *known[0].shape[1:]), known[0].dtype)
+    for row, record in enumerate(records):
+        values = record.get(field)
+        if values is None:
+            array[row] = np.nan
+        else:
+            array[row, : len(values)] = values
+    return array
+
+
+def _write_observations(archive, name, records, steps, encodings, first):
+    """One rollout at a time: with encodings the array is large."""
+    width = records[0]["observations"].shape[1]
+    shape = (len(records), int(steps), width + encodings.shape[1])
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+        np.lib.format.write_array_header_2_0(stream, header)
+        for record, encoding in zip(records, encodings):
+            block = np.zeros(shape[1:], "<f4")
+            seen = record["observations"][first : first + len(record["actions"])]
+            block[: len(seen), :width] = seen
+            block[:, width:] = encoding
+            stream.write(block.tobytes())
