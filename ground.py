@@ -12,7 +12,7 @@ This file knows no policies and no particular world: sentences come from the wor
 
 import collections
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from tqdm import trange
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import TrainerCallback
 
 import env
 from data import finite
 from data.grounded import adapter_hashes
 from experiment import folder
+from experiment.logs import LogLines
 from experiment.settings import at_least, setting
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
@@ -39,9 +37,7 @@ from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
 @dataclass
 class GroundingArguments(transformers.TrainingArguments):
-    """How to ground the LLM: all of Hugging Face's TrainingArguments, with defaults of our own, and
-    what they lack.
-    """
+    """How to ground the LLM; all of Hugging Face's TrainingArguments are accepted here."""
 
     output_dir: str = setting("runs/kalm", "the run's folder", aliases=["--run"])
     keep_layers: int = setting(6, "first layers of the LLM to keep; 0: all")
@@ -50,9 +46,7 @@ class GroundingArguments(transformers.TrainingArguments):
     lora_rank: int = setting(64, "of the LoRA adapters to tune; 0: tune all weights")
     adapter: str = setting("none", "trained one to start from: released, a folder, or none")
     tasks: str = setting(",".join(TASKS[:4]), "to train on, of: " + ",".join(TASKS))
-    renamed_copies: int = setting(
-        1, "times the data come in a pass; from the second on under a symmetry of the world"
-    )
+    renamed_copies: int = setting(1, "times the data come in a pass, then under a symmetry")
     embedding_scale: float = setting(7.0, "size of new embeddings at the start; 1: as tokens'")
     new_learning_rate: float = setting(1.5e-3, "of LoRA, embeddings and heads")
 
@@ -136,19 +130,17 @@ class GroundingArguments(transformers.TrainingArguments):
 
 
 OUR_SETTINGS = set(GroundingArguments.__annotations__)
-# What does not change the result: where and how it is computed, saved, logged and shown.
-_ELSEWHERE = (
-    "output_dir run_name project report_to seed data_seed use_cpu bf16 fp16 tf32 disable_tqdm debug "
-    "local_rank full_determinism prediction_loss_only include_for_metrics label_names deepspeed fsdp "
-    "logging_ log_ save_ eval_ per_device_eval dataloader_ ddp_ hub_ push_to_hub do_ trackio_ "
-    "torch_compile accelerator_ parallelism_ resume_from restore_ skip_ fsdp_ remove_unused batch_eval "
-    "enable_jit average_tokens"
+ELSEWHERE = (  # how names of settings begin that say where and how to compute, save and show
+    "output_dir run_name project report_to seed data_seed use_cpu bf16 fp16 tf32 disable_tqdm "
+    "debug local_rank full_det prediction_loss include_for label_names deepspeed fsdp logging_ "
+    "log_ save_ eval_ per_device_eval dataloader_ ddp_ hub_ push_to_hub do_ trackio_ skip_ restore_ "
+    "torch_compile accelerator_ parallelism_ resume_from remove_unused batch_eval enable_jit average_"
 ).split()
-TRAINING_SETTINGS = {
+TRAINING_SETTINGS = [
     field.name
     for field in fields(GroundingArguments)
-    if not field.name.startswith(tuple(_ELSEWHERE))
-}
+    if not field.name.startswith(tuple(ELSEWHERE))
+]
 
 # ----------------------------------------------------------------------------------------------
 # Prompts
@@ -178,13 +170,10 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def prompt_ids(
-    tokenizer: Tokenizer, task: str, goal: str | None = None, wording: int = 0
-) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, task: str, goal: str = "", wording: int = 0) -> list[int]:
     """Token ids of a task's prompt. wording: which of its prompts, counted round."""
     prompts = (PROMPTS[task], *OTHER_WORDS.get(task, ()))
-    prompt = prompts[wording % len(prompts)]
-    return text_ids(tokenizer, prompt.format(goal=goal))
+    return text_ids(tokenizer, prompts[wording % len(prompts)].format(goal=goal))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -216,10 +205,10 @@ def rollout_positions(
     return positions
 
 
-# A task's segments from one rollout: (record, world, tokenizer, draw) -> lists of positions
+# A task's segments from one rollout: (record, world, tokenizer, seed) -> lists of positions
 
 
-def dynamics_segments(record, world, tokenizer, seed):
+def dynamics_segments(record, world, tokenizer, seed) -> list[list[Position]]:
     """Each transition alone."""
     observations = record["observations"]
     segments = []
@@ -229,91 +218,78 @@ def dynamics_segments(record, world, tokenizer, seed):
     return segments
 
 
-def explanation_segments(record, world, tokenizer, seed):
+def explanation_segments(record, world, tokenizer, seed) -> list[list[Position]]:
     """The rollout, then the sentence that explains it."""
     answer = text_ids(tokenizer, " " + world.canonical_text(env.goal_of(record)))
     explained = text_positions([*answer, tokenizer.eos_token_id], predict=True)
     return [rollout_positions(record["observations"], record["actions"]) + explained]
 
 
-def generation_segments(record, world, tokenizer, seed):
+def generation_segments(record, world, tokenizer, seed) -> list[list[Position]]:
     """The rollout, to be written from its first state."""
     return [rollout_positions(record["observations"], record["actions"], predict=True)]
 
 
-def consequence_segments(record, world, tokenizer, seed):
+def consequence_segments(record, world, tokenizer, seed) -> list[list[Position]]:
     """The first state, then the last."""
     first, last = record["observations"][0], record["observations"][-1]
     return [[Position(STATE, state=first), Position(STATE, 0, last, predict=True)]]
 
 
-def description_segments(record, world, tokenizer, seed):
-    """States alone, each with a true sentence of which the end is to be written."""
-    observations = record["observations"]
+def description_segments(record, world, tokenizer, seed) -> list[list[Position]]:
+    """Three states alone, each with a true sentence of which the end is to be written."""
     segments = []
-    rng = np.random.default_rng(seed)
-    for step, beginning, end in world.describe(observations, SENTENCES_PER_ROLLOUT, rng):
+    sentences = world.describe(record["observations"], 3, np.random.default_rng(seed))
+    for step, beginning, end in sentences:
         given = text_positions(text_ids(tokenizer, beginning))
         written = text_positions(text_ids(tokenizer, end), predict=True)
-        segments.append([Position(STATE, state=observations[step]), *given, *written])
+        state = Position(STATE, state=record["observations"][step])
+        segments.append([state, *given, *written])
     return segments
 
 
-SENTENCES_PER_ROLLOUT = 3
-
-
-class Task(NamedTuple):
-    """How rollouts become the examples of a task."""
-
-    segments: Callable
-    rollouts_per_example: int  # that share one prompt
-
-
-TASK_EXAMPLES = {
-    "dynamics": Task(dynamics_segments, 4),
-    "explanation": Task(explanation_segments, 2),
-    "generation": Task(generation_segments, 6),
-    "consequence": Task(consequence_segments, 6),
-    "description": Task(description_segments, 6),
+TASK_EXAMPLES = {  # segments of a rollout, and how many rollouts share one prompt
+    "dynamics": (dynamics_segments, 4),
+    "explanation": (explanation_segments, 2),
+    "generation": (generation_segments, 6),
+    "consequence": (consequence_segments, 6),
+    "description": (description_segments, 6),
 }
 
 
 def make_example(
     task: str, tokenizer: Tokenizer, world: env.World, rollouts: Sequence[dict], wording: int = 0
 ) -> dict[str, np.ndarray]:
-    """One grounding example as arrays over its L positions; the rollouts share the goal of the first.
+    """One grounding example as arrays over L positions; its rollouts share the first one's goal.
 
     wording: which of the task's prompts, counted round, and the seed of what a task draws.
     Returns input_ids, modality, segments, position_ids, predict, task (L,) and states
-    (L, observation_dim), all as `KalmForRollouts.forward` takes them. Raises ValueError where there
-    are more segments than `SEGMENTS` allows.
+    (L, observation_dim), as `KalmForRollouts.forward` takes them. Raises ValueError where there are
+    more segments than `SEGMENTS` allows.
     """
     prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
+    segments_of, _ = TASK_EXAMPLES[task]
     segments = [prompt]
     for record in rollouts:
-        seed = [wording, len(segments) - 1]
-        segments += TASK_EXAMPLES[task].segments(record, world, tokenizer, seed)
+        segments += segments_of(record, world, tokenizer, [wording, len(segments) - 1])
     if len(segments) > SEGMENTS:
-        raise ValueError(
-            f"an example holds at most {SEGMENTS - 1} segments, got {len(segments) - 1}; give it "
-            "fewer or shorter rollouts"
-        )
+        count = f"at most {SEGMENTS - 1} segments, got {len(segments) - 1}"
+        raise ValueError(f"an example holds {count}; give it fewer or shorter rollouts")
     positions = []
-    places = []  # where each position counts from: segments all go on where the prompt ends
-    for number, segment in enumerate(segments):
-        start = 0 if number == 0 else len(prompt)
-        positions += segment
+    places = []  # segments all go on where the prompt ends
+    for segment in segments:
+        start = len(prompt) if positions else 0
         places.append(start + np.arange(len(segment)))
+        positions += segment
     states = np.zeros((len(positions), world.observation_dim), np.float32)
     for row, position in zip(states, positions):
         if position.state is not None:
             row[:] = position.state
-    lengths = [len(segment) for segment in segments]
     return {
         "input_ids": np.array([position.index for position in positions]),
         "modality": np.array([position.modality for position in positions]),
         "states": states,
-        "segments": np.repeat(np.arange(len(segments)), lengths),
+        "segments": np.repeat(np.arange(len(segments)), [len(segment) for segment in segments]),
         "predict": np.array([position.predict for position in positions]),
         "position_ids": np.concatenate(places),
         "task": np.full(len(positions), TASKS.index(task)),
@@ -338,7 +314,7 @@ class GroundingExamples(torch.utils.data.Dataset):
         self.examples = []  # (task, rows of rollouts)
         for rows in rows_of_goal.values():
             for task in tasks:
-                size = TASK_EXAMPLES[task].rollouts_per_example
+                _, size = TASK_EXAMPLES[task]
                 for start in range(0, len(rows), size):
                     self.examples.append((task, rows[start : start + size]))
 
@@ -357,19 +333,11 @@ class GroundingExamples(torch.utils.data.Dataset):
         return make_example(task, self.tokenizer, self.world, rollouts, wording=index)
 
 
-PADDING = {
-    "input_ids": 0,
-    "modality": PAD,
-    "states": 0,
-    "segments": -1,
-    "position_ids": 0,
-    "predict": False,
-    "task": 0,
-}
+PADDING = {"modality": PAD, "segments": -1}  # 0 for the rest
 
 
 def pack(examples: Sequence[dict], row_length: int = 256) -> dict[str, torch.Tensor]:
-    """Collate examples into rows of at most row_length positions (a longer example makes a longer row).
+    """Collate examples into rows of at most row_length positions; a longer one makes a longer row.
 
     First fit, longest first: little is padded, and `segment_mask` keeps a row's examples apart.
     """
@@ -377,127 +345,85 @@ def pack(examples: Sequence[dict], row_length: int = 256) -> dict[str, torch.Ten
     lengths = []
     for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
         size = len(example["input_ids"])
-        for number, length in enumerate(lengths):
-            if length + size <= row_length:
-                break
-        else:
-            number = len(rows)
+        fitting = [row for row, length in enumerate(lengths) if length + size <= row_length]
+        if not fitting:
+            fitting = [len(rows)]
             rows.append([])
             lengths.append(0)
-        rows[number].append(example)
-        lengths[number] += size
+        rows[fitting[0]].append(example)
+        lengths[fitting[0]] += size
     batch = {}
-    for key, fill in PADDING.items():
-        like = examples[0][key]
-        batch[key] = np.full((len(rows), max(lengths), *like.shape[1:]), fill, like.dtype)
+    for key, like in examples[0].items():
+        shape = (len(rows), max(lengths), *like.shape[1:])
+        batch[key] = np.full(shape, PADDING.get(key, 0), like.dtype)
     for row_number, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row):
             end = start + len(example["input_ids"])
             for key, value in example.items():
-                if key == "segments":  # numbered on, so that examples differ
-                    value = value + number * SEGMENTS
                 batch[key][row_number, start:end] = value
+            batch["segments"][row_number, start:end] += number * SEGMENTS
             start = end
     return {key: torch.from_numpy(value) for key, value in batch.items()}
-
-
-def observation_statistics(rollouts: Sequence[dict], objects: int) -> dict[str, list[float]]:
-    """KalmConfig's observation_mean, observation_std and change_std, the same for like objects."""
-    sample = [record["observations"] for record in rollouts[:5000]]
-    numbers = sample[0].shape[1] // objects
-    seen = np.concatenate(sample).reshape(-1, numbers)
-    steps = [np.diff(observations, axis=0) for observations in sample]
-    changes = np.concatenate(steps).reshape(-1, numbers)
-    return {
-        "observation_mean": seen.mean(0).tolist() * objects,
-        "observation_std": _never_zero(seen.std(0)).tolist() * objects,
-        "change_std": _never_zero(changes.std(0)).tolist() * objects,
-    }
-
-
-def _never_zero(deviations):
-    """Deviations to divide by; a number that never changes counts as it is."""
-    return np.where(deviations > 0, deviations, 1)
 
 
 # ----------------------------------------------------------------------------------------------
 # Training
 
 
-class LogLines(TrainerCallback):
-    """The Trainer's log as JSON lines, which after a kill go on from the checkpoint's log."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            folder.remove(self.path)
-            for entry in state.log_history:
-                folder.append_json(self.path, **entry)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            folder.append_json(self.path, **state.log_history[-1])
-
-
 class GroundingTrainer(transformers.Trainer):
-    """Trainer with a learning rate of its own for new layers, losses by task and modality in its log,
-    and figures of held-out rollouts as its evaluation.
+    """Trainer with a learning rate of its own for new layers, losses by task and modality in its
+    log, and figures of held-out rollouts as its evaluation.
 
     Raises FloatingPointError before a step that would spoil the weights.
     """
 
-    def __init__(self, *args, world, held_out, **kwargs):
+    def __init__(self, *args, world: env.World, held_out: Sequence[dict], **kwargs):
         super().__init__(*args, **kwargs)
         self.world = world
         self.held_out = held_out
         self.loss_parts = collections.defaultdict(list)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The optimizer of --optim, with two learning rates."""
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        new = set(self.model.new_parameters())
-        rates = {True: self.args.new_learning_rate, False: self.args.learning_rate}
-        groups = []
-        for is_new, rate in rates.items():
-            parameters = []
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and (name in new) == is_new:
-                    parameters.append(parameter)
-            if parameters:
-                groups.append({"params": parameters, "lr": rate})
         options["weight_decay"] = self.args.weight_decay
+        new_names = set(self.model.new_parameters())
+        new, old = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (new if name in new_names else old).append(parameter)
+        groups = [{"params": new, "lr": self.args.new_learning_rate}]
+        if old:
+            groups.append({"params": old, "lr": self.args.learning_rate})
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):  # noqa: ANN201
+        """The model's own loss; its parts are kept for the log."""
         output = model(**inputs)
 
         def tasks_of(row):
             here = inputs["modality"][row] != PAD
             return ", ".join(TASKS[task] for task in inputs["task"][row][here].unique())
 
-        finite.check(
-            f"grounding, step {self.state.global_step + 1}",
-            {"loss": output.loss},
-            (inputs["states"], output.state_pred, output.action_logits),
-            about=tasks_of,
-        )
-        for name in ("text_loss", "action_loss", "state_loss"):
-            self.loss_parts[name].append(output[name].detach())
-        for name, loss in zip(TASKS, output.task_losses):
-            self.loss_parts[f"{name}_loss"].append(loss.detach())
+        step = f"grounding, step {self.state.global_step + 1}"
+        rows = (inputs["states"], output.state_pred, output.action_logits)
+        finite.check(step, {"loss": output.loss}, rows, about=tasks_of)
+        parts = {name: output[name] for name in ("text_loss", "action_loss", "state_loss")}
+        parts |= {f"{task}_loss": loss for task, loss in zip(TASKS, output.task_losses)}
+        for name, loss in parts.items():
+            self.loss_parts[name].append(loss.detach())
         return (output.loss, output) if return_outputs else output.loss
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        finite.check(
-            f"grounding, step {self.state.global_step + 1}", {"norm of the gradient": norm}
-        )
+        step = f"grounding, step {self.state.global_step + 1}"
+        finite.check(step, {"norm of the gradient": norm})
         return norm
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        """Add the parts of the loss to an entry that has the loss."""
         if "loss" in logs:
             for name, values in self.loss_parts.items():
                 values = torch.stack(values)
@@ -506,21 +432,18 @@ class GroundingTrainer(transformers.Trainer):
             self.loss_parts.clear()
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
         """Figures of the held-out rollouts, the same whatever the number of processes."""
+        rollouts = eval_dataset or self.held_out
+        batch_size = self.args.per_device_eval_batch_size
         with self.accelerator.autocast():
             figures = held_out_figures(
-                self.model,
-                self.processing_class,
-                self.world,
-                eval_dataset or self.held_out,
-                self.args.per_device_eval_batch_size,
+                self.model, self.processing_class, self.world, rollouts, batch_size
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        report = (self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(*report)
         return metrics
 
 
@@ -536,22 +459,19 @@ def train(
 ) -> list[dict]:
     """Ground `model` in rollout records, in place. Returns the Trainer's log history.
 
-    Works alone and under a launcher, where FSDP leaves the model in shards (see `gathered`).
-    work: a folder for checkpoints; what an earlier call left there is where this one goes on.
-    log_path: of the log as JSON lines.
+    Works alone and under a launcher, where FSDP leaves the model in shards (see `gathered`). work:
+    a folder for checkpoints; what an earlier call left there is where this one goes on.
     """
     # What the LLM knows of words that the data lack stays as it was.
     model.get_input_embeddings().weight.requires_grad_(False)
     arguments = copy.copy(settings)
     arguments.output_dir = str(work)
     arguments.push_to_hub = False  # the finished model is uploaded, not its checkpoints
-    examples = GroundingExamples(
-        rollouts, tokenizer, world, settings.task_names, settings.renamed_copies, settings.seed
-    )
+    tasks, copies = settings.task_names, settings.renamed_copies
     trainer = GroundingTrainer(
         model=model,
         args=arguments,
-        train_dataset=examples,
+        train_dataset=GroundingExamples(rollouts, tokenizer, world, tasks, copies, settings.seed),
         eval_dataset=held_out,
         data_collator=pack,
         processing_class=tokenizer,
@@ -576,28 +496,9 @@ def last_checkpoint(work: Path) -> str | None:
     return None
 
 
-def gathered(model: KalmForRollouts) -> KalmForRollouts:
-    """The model itself, or where FSDP sharded it, one with all its weights on process 0. Every process
-    must call it.
-    """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if weights:  # process 0 alone has them
-        model = type(model)(model.config)
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
-    return model
-
-
 @torch.no_grad()
 def held_out_figures(
-    model: KalmForRollouts,
-    tokenizer: Tokenizer,
-    world: env.World,
-    rollouts: Sequence[dict],
-    batch_size: int = 32,
+    model: KalmForRollouts, tokenizer: Tokenizer, world: env.World, rollouts, batch_size: int = 32
 ) -> dict[str, float]:
     """How well the grounded model predicts held-out rollouts, teacher-forced.
 
@@ -608,8 +509,7 @@ def held_out_figures(
     examples = GroundingExamples(rollouts, tokenizer, world, tasks=("generation",))
     right = []
     squares = []
-    batches = trange(0, len(examples), batch_size, desc="evaluate grounding", leave=False)
-    for start in batches:
+    for start in trange(0, len(examples), batch_size, desc="evaluate grounding", leave=False):
         numbers = range(start, min(start + batch_size, len(examples)))
         batch = pack([examples[number] for number in numbers])
         batch = {key: value.to(model.device) for key, value in batch.items()}
@@ -625,4 +525,5 @@ def held_out_figures(
         squares.append(torch.stack([error, (last - target) ** 2]).cpu())
     error, still = torch.cat(squares, 1).mean((1, 2)).sqrt().tolist()
     accuracy = torch.cat(right).float().mean().item()
-    return {"action_accuracy": accuracy, "state_error": error, "state_error_nothing_moves": still}
+    names = ("action_accuracy", "state_error", "state_error_nothing_moves")
+    return dict(zip(names, (accuracy, error, still)))

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -36,11 +35,11 @@ import env
 import ground
 import rl
 import rollout
-from data import formats, llm
-from data.grounded import adapter_folder, load_grounded, save_grounded, upload, wrap_llm
-from data.rollouts import read_rollouts, write_rollouts
+from data import formats, grounded
+from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
-from experiment import card, episode, logs, report
+from experiment import card, command, episode, logs, report
+from experiment.run import Run
 from experiment.settings import SettingsParser, at_least, help_text, parse, setting
 from experiment.stages import Plan, Stage, do
 from ground import GroundingArguments, Tokenizer
@@ -83,40 +82,6 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "imaginary_share": 0.5, "episodes": 400,
     },
 }  # fmt: skip
-LAPTOP_STEPS = 3300  # of grounding at scales quick and cpu, where the released adapter does not fit
-RENAMED = {
-    "ground_steps": "max_steps", "adapter_steps": "max_steps", "debug": "traceback",
-    "batch_examples": "per_device_train_batch_size", "checkpoint_minutes": "save_steps",
-}  # fmt: skip
-
-
-@dataclass
-class RunArguments:
-    """The run, beside --output_dir (or --run) and --seed."""
-
-    stage: list[str] = setting(["all"], "one or more of the stages, all of them, or act")
-    goal: str = setting("", "for --stage act: a sentence to act on, once")
-    scale: str = setting("gpu" if torch.cuda.is_available() else "cpu", " or ".join(SCALES))
-    config: str = setting("", "YAML or JSON file of settings; the command line wins")
-    env: str = setting(env.DEFAULT_WORLD, "the world: a name in worlds/ or path/to/file.py:Class")
-    llm: str = setting(llm.DEFAULT, "smollm2, tiny, a folder, a .gguf file or a Hub name")
-    dry_run: bool = setting(False, "print the plan, write nothing")
-    force: bool = setting(False, "redo the stages even if nothing changed")
-    traceback: bool = setting(False, "show the traceback of an error")
-
-    def __post_init__(self):
-        known = [*STAGES, "all"]
-        for name in self.stage:
-            if name not in known:
-                raise ValueError(f"unknown stage {name!r}; stages are {', '.join(known)}")
-        in_order = [name for name in STAGES if name in self.stage]
-        self.names = list(STAGES)[:-1] if "all" in self.stage else in_order
-        acts = self.stage == ["act"]
-        if bool(self.goal.strip()) != acts or ("act" in self.stage and not acts):
-            raise ValueError(
-                "--stage act stands alone and takes a --goal in words, no other stage does: "
-                '--stage act --goal "put red left of blue"'
-            )
 
 
 @dataclass
@@ -161,48 +126,9 @@ class ReportArguments:
 
 
 CLASSES = (
-    RunArguments, CollectArguments, GroundingArguments, ImagineArguments, LearnArguments,
+    command.RunArguments, CollectArguments, GroundingArguments, ImagineArguments, LearnArguments,
     EvaluateArguments, ReportArguments,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every stage may know of its run."""
-
-    folder: Path
-    world: env.World
-    llm: str  # the language model as the command names it
-    seed: int
-    bf16: bool  # the language model's matrix products in bfloat16
-    trackers: list[str]
-
-    def rng(self, *numbers: int) -> np.random.Generator:
-        """A random stream of its own for each use."""
-        return np.random.default_rng([self.seed, *numbers])
-
-    def say(self, text: str) -> None:
-        """Print on the main process alone."""
-        if PartialState().is_main_process:
-            print(text, flush=True)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which the language model computes."""
-        return torch.autocast(PartialState().device.type, torch.bfloat16, enabled=self.bf16)
-
-    def load_llm(self, keep_layers: int) -> tuple[transformers.PreTrainedModel, Tokenizer]:
-        """The language model untouched, and its tokenizer."""
-        texts = [*self.world.vocabulary(), *ground.PROMPTS.values()]
-        return llm.load(llm.resolve(self.llm), keep_layers, self.seed, texts)
-
-    def load_grounded(self) -> tuple[KalmForRollouts, Tokenizer]:
-        """The grounded model on this process's device, and its tokenizer."""
-        model, tokenizer = load_grounded(self.folder / "grounded", self.world, self.bf16)
-        return model.to(PartialState().device), tokenizer
-
-    def recorded(self, stage: str) -> dict:
-        """The settings that a finished stage had."""
-        return folder.Manifest(self.folder).stages[stage]["settings"]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -235,40 +161,29 @@ def collect(run: Run, settings: CollectArguments, work: Path) -> None:
     write_rollouts(run.folder / "rollouts" / "real", kept)
 
 
-def split_real(run: Run) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) real rollouts: the last twentieth is held out, to measure grounding."""
-    path = run.folder / "rollouts" / "real"
-    records = read_rollouts(path, run.world)
-    held_out = max(2, min(1200, len(records) // 20))
-    if len(records) <= held_out:
-        few = f"{path} has {len(records)} rollouts, and {held_out} are held out"
-        raise ValueError(f"{few}; collect more (--train_goals)")
-    return records[:-held_out], records[-held_out:]
-
-
 # ----------------------------------------------------------------------------------------------
 # Stage 2: ground (paper, section 4.1)
 
 
 def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
     """The LLM, fine-tuned on the real rollouts or with an adapter added -> grounded/."""
-    real, held_out = split_real(run)
+    real, held_out = run.real_rollouts()
     own_data = run.recorded("collect")["data"]
     language_model, tokenizer = run.load_llm(settings.keep_layers)
     metrics = {"log": []}
     if settings.adapter != "none":
-        adapter = adapter_folder(settings.adapter)
+        adapter = grounded.adapter_folder(settings.adapter)
         model = KalmForRollouts.from_adapter(language_model, adapter)
         metrics = folder.read_json(adapter / "metrics.json")
         run.say(f"  with the adapter in {adapter}; --adapter none trains one instead")
     else:
-        statistics = ground.observation_statistics(real, run.world.objects)
-        model = wrap_llm(language_model, run.world, statistics, settings)
+        statistics = grounded.observation_statistics(real, run.world.objects)
+        model = grounded.wrap_llm(language_model, run.world, statistics, settings)
     steps = 0
     if settings.trains:
         log_path = run.folder / "logs" / "grounding.jsonl"
         log = ground.train(model, tokenizer, run.world, real, held_out, settings, work, log_path)
-        model = ground.gathered(model)
+        model = grounded.gathered(model)
         steps = log[-1]["step"]
         before = metrics["log"][-1]["step"] if metrics["log"] else 0
         losses = [entry for entry in log if "loss" in entry]
@@ -286,10 +201,10 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
         "rollouts": (len(real), len(held_out)), **settings.facts(), **model.facts(),
     }  # fmt: skip
     with folder.replacing(run.folder / "grounded") as aside:
-        save_grounded(aside, model, tokenizer, metrics, with_adapter=settings.trains)
+        grounded.save_grounded(aside, model, tokenizer, metrics, with_adapter=settings.trains)
         card.write_card(aside, facts, metrics)
     if settings.push_to_hub:
-        upload(run.folder / "grounded", settings)
+        grounded.upload(run.folder / "grounded", settings)
 
 
 def measured(run: Run, model: KalmForRollouts, tokenizer: Tokenizer, held_out: list[dict]) -> dict:
@@ -312,7 +227,7 @@ def measured(run: Run, model: KalmForRollouts, tokenizer: Tokenizer, held_out: l
 def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     """Imagined rollouts for novel goals, judged -> rollouts/<level>, goals.jsonl, quality.json."""
     model, tokenizer = run.load_grounded()
-    real, _ = split_real(run)
+    real, _ = run.real_rollouts()
     visited = np.concatenate([record["observations"][:-1] for record in real])
     novel = settings.novel_goals_of(run.world, run.seed)
     trained = run.world.sample_goals("offline", "train", settings.novel_goals, run.rng(2))
@@ -341,17 +256,6 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     folder.write_json(run.folder / "quality.json", figures)
 
 
-def goals_of_run(run: Run) -> dict[str, list[env.Goal]]:
-    """The novel goals that were imagined for, by level."""
-    return env.by_level(env.read_goals(run.folder / "goals.jsonl", run.world))
-
-
-def imagined_rollouts(run: Run) -> dict[str, list[dict]]:
-    """All imagined rollouts of a run by level."""
-    folders = {level: run.folder / "rollouts" / level for level in goals_of_run(run)}
-    return {level: read_rollouts(path, run.world) for level, path in folders.items()}
-
-
 # ----------------------------------------------------------------------------------------------
 # Stage 4: learn (paper, section 4.3)
 
@@ -359,10 +263,10 @@ def imagined_rollouts(run: Run) -> dict[str, list[dict]]:
 def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     """Policies of every method, all seeds at once -> policies/."""
     state = PartialState()
-    real, held_out = split_real(run)
-    goals = goals_of_run(run)
+    real, held_out = run.real_rollouts()
+    goals = run.novel_goals()
     imagined = {}
-    for level, records in imagined_rollouts(run).items():
+    for level, records in run.imagined_rollouts().items():
         kept = kept_rollouts(run.world, records, settings.keep, settings.kept_per_goal)
         imagined[level] = kept
     sources = by_source(run.world, real, imagined, goals, run.rng(4))
@@ -374,7 +278,9 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     trained_texts = [record["goal"] for record in real]
     other_texts = [goal.text for level in goals.values() for goal in level]
     other_texts += [record["goal"] for record in held_out]
-    table = rl.GoalTable.encode(trained_texts, other_texts, *load_encoder(run, settings))
+    table = rl.GoalTable.encode(
+        trained_texts, other_texts, *run.load_encoder(settings.encoder, settings.encoder_layers)
+    )
     buffer = rl.Buffer(real, table, state.device)
     config = settings.config(run.world.observation_scale, run.bf16)
     seeds = [run.seed + number for number in range(settings.seeds)]
@@ -405,17 +311,6 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
             norms = {method: [entry[::2] for entry in curves[method]] for method in methods}
             folder.write_json(aside / "curves.json", losses)
             folder.write_json(aside / "gradient_norms.json", norms)
-
-
-def load_encoder(run: Run, settings: LearnArguments) -> tuple[torch.nn.Module, Tokenizer]:
-    """The frozen encoder of goal texts and its tokenizer."""
-    if settings.encoder == "llm":
-        language_model, tokenizer = run.load_llm(settings.encoder_layers)
-        encoder = language_model.base_model
-    else:
-        encoder = transformers.AutoModel.from_pretrained(settings.encoder, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.encoder)
-    return encoder.to(PartialState().device), tokenizer
 
 
 # ----------------------------------------------------------------------------------------------
@@ -467,10 +362,10 @@ def goals_to_evaluate(run: Run, count: int) -> dict[str, list[env.Goal]]:
     """count goals a level, those of few repeated in turn: trained ones, and novel ones that have a
     judge.
     """
-    real, _ = split_real(run)
+    real, _ = run.real_rollouts()
     trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
     order = run.rng(5).permutation(len(trained))[:count]
-    candidates = {"offline": [trained[number] for number in order], **goals_of_run(run)}
+    candidates = {"offline": [trained[number] for number in order], **run.novel_goals()}
     chosen = {}
     for level, goals in candidates.items():
         judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
@@ -504,7 +399,7 @@ def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
     """Everything worth seeing in one page -> report.html; the table on the terminal."""
     if not PartialState().is_main_process:
         return
-    results = report.write(run.folder, run.world, imagined_rollouts(run))
+    results = report.write(run.folder, run.world, run.imagined_rollouts())
     if settings.kinds:
         table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
         formats.export(run.folder, settings.kinds, run.world, table.of_texts)
@@ -527,14 +422,15 @@ def act(run: Run, settings: Acting, work: Path) -> None:
     """One try at a goal in the world by each method -> act/*.gif, words on the terminal."""
     if not PartialState().is_main_process:
         return
-    known = {goal.text: goal for goals in goals_of_run(run).values() for goal in goals}
+    known = {goal.text: goal for goals in run.novel_goals().values() for goal in goals}
     goal = known.get(settings.goal) or run.world.goal_of_text(settings.goal)
     judge = episode.judge_in_words(run.world, goal, goal.text in known)
     print(f'  goal: "{goal.text}"\n  judge: {judge}')
     table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
     if goal.text not in table.index:
         learned = LearnArguments(**run.recorded("learn"))
-        table = table.with_text(goal.text, *load_encoder(run, learned))
+        encoder = run.load_encoder(learned.encoder, learned.encoder_layers)
+        table = table.with_text(goal.text, *encoder)
     model = run.load_grounded()
     rng = np.random.default_rng([settings.start_seed, 8])
     start = env.unfulfilled_states(run.world, rng, [goal])
@@ -562,39 +458,6 @@ STAGES = {
     "report": Stage(write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html",)),
     "act": Stage(act, ("ground", "imagine", "learn")),
 }
-
-
-def defaults_of(given: dict[str, str]) -> dict:
-    """The defaults of a command that gives these settings: of its scale, and what follows."""
-    scale = given.get("scale", RunArguments.scale)
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; scales are {', '.join(SCALES)}")
-    defaults = {"scale": scale, **SCALES[scale]}
-    language_model = given.get("llm", defaults.get("llm"))
-    defaults["bf16"] = language_model != llm.TINY and bf16_is_fast()
-    steps_given = {"max_steps", "num_train_epochs"} & set(given)
-    if scale in ("quick", "cpu"):
-        trains = "ground" in given.get("stage", "").split() or "data" in given
-        trains = trains or any(name in given for name in ground.TRAINING_SETTINGS)
-        if trains or not {"env", "llm"}.isdisjoint(given):
-            defaults["max_steps"] = LAPTOP_STEPS
-        else:
-            defaults["adapter"] = "released"
-    adapter = given.get("adapter", defaults.get("adapter", "none"))
-    if adapter != "none" or "num_train_epochs" in given:
-        defaults.pop("max_steps", None)
-    if adapter != "none" and not steps_given:
-        defaults["num_train_epochs"] = 0.0
-    return defaults
-
-
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32: GPUs since Ampere, CPUs with
-    AVX512-BF16 or AMX.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -630,32 +493,36 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     config = Path(named.get("output_dir", GroundingArguments.output_dir)) / "config.yaml"
     if acts and "config" not in named and config.is_file():
         arguments = ["--config", str(config), *arguments]
-    found, given = parse(arguments, CLASSES, defaults_of, RENAMED)
-    command, _, grounding, imagining, learning, _, _ = found
+
+    def defaults(given):
+        return command.defaults_of(SCALES, given)
+
+    found, given = parse(arguments, CLASSES, defaults, command.RENAMED)
+    shared, _, grounding, imagining, learning, _, _ = found
     manifest = folder.Manifest(Path(grounding.output_dir))
     seed = grounding.seed
-    methods = named["methods"].split(",") if "methods" in named else []
-    acting = Acting(command.goal, seed, methods)
     if acts and "learn" in manifest.stages:
-        seed = manifest.stages["learn"]["run"]["seed"]
+        seed = manifest.stages["learn"]["run"]["seed"]  # the given one chooses the start alone
+    methods = named["methods"].split(",") if "methods" in named else []
+    acting = Acting(shared.goal, grounding.seed, methods)
     logs.check_trackers(grounding.report_to)
-    world = env.make(command.env)
+    world = env.make(shared.env)
     imagining.novel_goals_of(world, seed)
-    check_llms(command, grounding, learning)
     plan = Plan(
         manifest,
         stages=STAGES,
-        names=command.names,
+        names=shared.names(STAGES),
         settings=dict(zip(STAGES, (*found[1:], acting))),
-        shared={"scale": command.scale, "seed": seed, "env": command.env, "llm": command.llm},
-        force=command.force,
+        shared={"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm},
+        force=shared.force,
     )
     plan.check(given)
-    run = Run(manifest.run, world, command.llm, seed, grounding.bf16, [*grounding.report_to])
-    run.say(f"KALM, scale {command.scale}, {command.llm} in {command.env} -> {run.folder}")
+    command.check_models(shared, grounding, learning)
+    run = Run(manifest.run, world, shared.llm, seed, grounding.bf16, [*grounding.report_to])
     todo = plan.to_do()
-    run.say(plan.in_words(todo, minutes(found, plan.names)))
-    if command.dry_run:
+    run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
+    run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))
+    if shared.dry_run:
         return
     with folder.locked(run.folder, mine=PartialState().is_main_process):
         do(plan, run, todo, begins)
@@ -664,46 +531,6 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
         if "evaluate" in manifest.stages:
             results = folder.read_json(run.folder / "results.json")
             run.say("\n".join(report.results_table(results)))
-
-
-def check_llms(
-    command: RunArguments, grounding: GroundingArguments, learning: LearnArguments
-) -> None:
-    """Fetch the language model if need be, and raise ValueError where models and settings differ."""
-    if grounding.adapter != "none":
-        adapter_folder(grounding.adapter)
-    if learning.encoder != "llm":
-        llm.resolve(learning.encoder, "--encoder")
-    if command.dry_run and llm.must_be_fetched(command.llm):
-        return
-    path = llm.resolve(command.llm)
-    llm.check_layers(path, grounding.keep_layers, "--keep_layers")
-    llm.check_layers(path, grounding.fresh_layers, "--fresh_layers", grounding.keep_layers)
-    llm.check_layers(path, learning.encoder_layers, "--encoder_layers")
-
-
-def minutes(found: list, names: list[str]) -> dict[str, float]:
-    """About how long stages take on two quiet CPU cores with SmolLM2; GPUs are not estimated."""
-    command, collecting, grounding, imagining, learning, evaluating, _ = found
-    if torch.cuda.is_available():
-        return {}
-    layers = (grounding.keep_layers or 30) if command.llm != llm.TINY else 0.02
-    goals = imagining.novel_goals
-    rounds = len(imagining.rounds)
-    actions = goals * imagining.starts_per_goal * imagining.imagined_steps * (rounds + 1) * 0.6
-    actions += goals * imagining.step_starts * (2 + imagining.step_candidates / 20)
-    policies = len(learning.learned_methods) * learning.seeds
-    batches = grounding.max_steps * grounding.train_batch_size if grounding.max_steps > 0 else 0
-    seconds = {
-        "collect": collecting.train_goals * collecting.rollouts_per_goal * 1.7e-3,
-        "ground": 20 + batches * 3.5e-3 * layers,
-        "imagine": actions * 3.2e-4 * layers,
-        "learn": 15 + policies * learning.rl_steps * learning.rl_batch * 6.8e-6,
-        "evaluate": evaluating.episodes * (0.025 * policies + 0.02 * layers),
-        "report": 10,
-        "act": 10,
-    }
-    return {name: seconds[name] / 60 for name in names}
 
 
 if __name__ == "__main__":

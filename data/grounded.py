@@ -3,12 +3,15 @@
 This file knows KalmForRollouts and its folders, no training and no rollouts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import torch
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import env
@@ -42,7 +45,7 @@ def wrap_llm(
 ) -> KalmForRollouts:
     """A model to ground around an LLM, of which layers or all weights may start anew.
 
-    statistics: of the rollouts, as `ground.observation_statistics` gives them. settings:
+    statistics: of the rollouts, as `observation_statistics` gives them. settings:
     `ground.GroundingArguments`.
     """
     if settings.fresh_layers:
@@ -59,6 +62,32 @@ def wrap_llm(
         lora_rank=settings.lora_rank,
         **statistics,
     )
+
+
+def observation_statistics(rollouts: Sequence[dict], objects: int) -> dict[str, list[float]]:
+    """KalmConfig's observation_mean, observation_std and change_std, the same for like objects."""
+    sample = [record["observations"] for record in rollouts[:5000]]
+    numbers = sample[0].shape[1] // objects
+    seen = np.concatenate(sample).reshape(-1, numbers)
+    changes = np.concatenate([np.diff(obs, axis=0) for obs in sample]).reshape(-1, numbers)
+    statistics = {"observation_mean": seen.mean(0)}
+    for name, values in (("observation_std", seen), ("change_std", changes)):
+        deviation = values.std(0)
+        statistics[name] = np.where(deviation > 0, deviation, 1)  # never divide by 0
+    return {name: values.tolist() * objects for name, values in statistics.items()}
+
+
+def gathered(model: KalmForRollouts) -> KalmForRollouts:
+    """The model, or where FSDP sharded it, one with all its weights on process 0. All call it."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if weights:  # process 0 alone has them
+        model = type(model)(model.config)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+    return model
 
 
 def save_grounded(

@@ -1,4 +1,4 @@
-"""Dicts of padded arrays, rollouts first, then steps: their rows as recordings, and written as .npz.
+"""Dicts of padded arrays, rollouts first, then steps: rows as recordings, records as .npz.
 
 The layouts of the authors (several instructions, `goals` as numbers, `next_observations`) and of
 ImagineBench (an encoding behind the observations, goals in words). This file judges nothing.
@@ -13,7 +13,7 @@ import numpy as np
 
 import env
 from data import rollouts
-from data.recordings import PER_ROLLOUT, PER_STEP, Refused, checked_actions, numbers, text_of
+from data.recordings import PER_ROLLOUT, PER_STEP, Refused, numbers, text_of, whole_actions
 from experiment import folder
 
 
@@ -78,7 +78,7 @@ def _row(fields, world, rng):
             raise Refused("next_observations of a step are not the observations of the next")
     else:
         check_reach(before, world)
-        last = checked_actions(fields["actions"][:steps], world)[-1:]
+        last = whole_actions(fields["actions"][:steps], world.num_actions)[-1:]
         after = world.observe(world.step_batch(world.state_from_observation(before[-1:]), last))
         recording["completed"] = True
     return {**recording, "observations": np.concatenate([before, after[-1:]])}
@@ -143,7 +143,7 @@ def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None
 
 
 def _padded(records, field, steps):
-    """A field of records, (N, steps, ...), zero past the end; NaN where a record does not have it."""
+    """A field of records, (N, steps, ...): zero past the end, NaN where a record lacks it."""
     known = [record[field] for record in records if record.get(field) is not None]
     array = np.zeros((len(records), steps, *known[0].shape[1:]), known[0].dtype)
     for row, record in enumerate(records):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 LARGEST = 8 * 2**30  # bytes of arrays that are read from one file
+LARGEST_NUMBER = 1e30
 PER_STEP = ("actions", "rewards", "terminals", "masks", "dynamics_error")
 PER_ROLLOUT = ("instructions", "level", "kind", "relations", "imagined", "explanations")
 FIELDS = ("observations", "next_observations", "goals", "states", *PER_STEP, *PER_ROLLOUT)
@@ -60,14 +61,29 @@ def numbers(field: str, values: object, shape: tuple, longer: bool = False) -> n
         values = values[..., : shape[-1]]
     wanted = tuple(have if want is None else want for have, want in zip(values.shape, shape))
     if len(found) != len(shape) or values.shape != wanted:
-        raise Refused(f"{field} must have shape {shape}{' or longer' * longer}, got {found}")
+        allowed = str(shape).replace("None", "any") + " or longer" * longer
+        raise Refused(f"{field} must have shape {allowed}, got {found}")
     if values.dtype.kind not in "biuf":
         raise Refused(f"{field} must be numbers, got type {values.dtype}")
     if not np.isfinite(values).all():
         raise Refused(f"{field} has NaN or infinite values")
-    if longer and values.size and np.abs(values.astype(np.float64)).max() > LARGEST_NUMBER:
+    if values.size and np.abs(values.astype(np.float64)).max() > LARGEST_NUMBER:
         raise Refused(f"{field} has values beyond {LARGEST_NUMBER:g}")
     return values.astype(np.float32) if longer else values
+
+
+def whole_actions(values: object, num_actions: int) -> np.ndarray:
+    """Actions as int64. Raises Refused unless they are one or more whole numbers in range."""
+    values = numbers("actions", values, (None,))
+    if len(values) == 0:
+        raise Refused("actions is empty; a rollout needs at least one action")
+    if values.dtype.kind == "b" or (values != np.floor(values)).any():
+        raise Refused("actions must be whole numbers, and some are not")
+    if values.min() < 0 or values.max() >= num_actions:
+        raise Refused(
+            f"actions must be in 0..{num_actions - 1}, got {values.min()}..{values.max()}"
+        )
+    return values.astype(np.int64)
 
 
 def _check_elements(name, array):

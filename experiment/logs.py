@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import tracking
+from transformers import TrainerCallback
 
 from experiment import folder
 
@@ -23,6 +24,25 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"--report_to {name}: unknown tracker; there are {known}, or none")
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--report_to {name} needs the package {name}: pip install {name}")
+
+
+class LogLines(TrainerCallback):
+    """The Trainer's log as JSON lines, which after a kill begin with the checkpoint's log."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Begin the file anew."""
+        if state.is_world_process_zero:
+            folder.remove(self.path)
+            for entry in state.log_history:
+                folder.append_json(self.path, **entry)
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        """Append the newest entry."""
+        if state.is_world_process_zero:
+            folder.append_json(self.path, **state.log_history[-1])
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import env
 import ground
 import kalm
 from data import llm
+from data.grounded import observation_statistics
 from experiment import folder
 from model import KalmForRollouts
 
@@ -72,7 +73,7 @@ def tiny_llm(world, seed=0):
 def new_model(world, rollouts, **options):
     """An untrained KalmForRollouts around the tiny LLM, and its tokenizer."""
     language_model, tokenizer = tiny_llm(world)
-    options = {**ground.observation_statistics(rollouts, world.objects), **options}
+    options = {**observation_statistics(rollouts, world.objects), **options}
     model = KalmForRollouts.from_llm(language_model, objects=world.objects, **options)
     return model.eval(), tokenizer
 

@@ -1,0 +1,125 @@
+"""What a command line leaves open: the settings of the run, defaults that follow from others, and
+checks that need several settings at once.
+
+This file knows what goes together, and nothing of what stages do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+import env
+from data import llm
+from data.grounded import adapter_folder
+from experiment.settings import setting
+from ground import TRAINING_SETTINGS, GroundingArguments
+from rl import LearnArguments
+from rollout import ImagineArguments
+
+LAPTOP_STEPS = 3300  # of grounding at scales quick and cpu, where the released adapter does not fit
+RENAMED = {
+    "ground_steps": "max_steps", "adapter_steps": "max_steps", "debug": "traceback",
+    "batch_examples": "per_device_train_batch_size", "checkpoint_minutes": "save_steps",
+}  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    """The run, beside --output_dir (or --run) and --seed."""
+
+    stage: list[str] = setting(["all"], "one or more of the stages, all of them, or act")
+    goal: str = setting("", "for --stage act: a sentence to act on, once")
+    scale: str = setting("gpu" if torch.cuda.is_available() else "cpu", "the dial of defaults")
+    config: str = setting("", "YAML or JSON file of settings; the command line wins")
+    env: str = setting(env.DEFAULT_WORLD, "the world: a name in worlds/ or path/to/file.py:Class")
+    llm: str = setting(llm.DEFAULT, "smollm2, tiny, a folder, a .gguf file or a Hub name")
+    dry_run: bool = setting(False, "print the plan, write nothing")
+    force: bool = setting(False, "redo the stages even if nothing changed")
+    traceback: bool = setting(False, "show the traceback of an error")
+
+    def __post_init__(self):
+        acts = self.stage == ["act"]
+        if bool(self.goal.strip()) != acts or ("act" in self.stage and not acts):
+            raise ValueError(
+                "--stage act stands alone and takes a --goal in words, no other stage does: "
+                '--stage act --goal "put red left of blue"'
+            )
+
+    def names(self, known: Mapping) -> list[str]:
+        """The stages to run, in the order of the known ones, of which `act` is the last."""
+        for name in self.stage:
+            if name not in (*known, "all"):
+                stages = ", ".join((*known, "all"))
+                raise ValueError(f"unknown stage {name!r}; stages are {stages}")
+        if "all" in self.stage:
+            return list(known)[:-1]
+        return [name for name in known if name in self.stage]
+
+
+def defaults_of(scales: Mapping[str, dict], given: Mapping[str, str]) -> dict:
+    """The defaults of a command that gives these settings: of its scale, and what follows.
+
+    On a laptop the released adapter is taken unless the command asks for training: by naming the
+    stage, by a setting of training, or by data, a world or a language model that it does not fit.
+    Where an adapter is taken, nothing is trained but for steps that are given.
+    """
+    scale = given.get("scale", RunArguments.scale)
+    if scale not in scales:
+        raise ValueError(f"unknown scale {scale!r}; scales are {', '.join(scales)}")
+    defaults = {"scale": scale, **scales[scale]}
+    language_model = given.get("llm", defaults.get("llm"))
+    defaults["bf16"] = language_model != llm.TINY and bf16_is_fast()
+    if scale in ("quick", "cpu"):
+        asks_for_training = {"data", "env", "llm", *TRAINING_SETTINGS} - {"adapter"} & set(given)
+        if "ground" in given.get("stage", "").split() or asks_for_training:
+            defaults["max_steps"] = LAPTOP_STEPS
+        else:
+            defaults["adapter"] = "released"
+    takes_adapter = given.get("adapter", defaults.get("adapter", "none")) != "none"
+    if takes_adapter or "num_train_epochs" in given:
+        defaults.pop("max_steps", None)
+    if takes_adapter and not {"max_steps", "num_train_epochs"} & set(given):
+        defaults["num_train_epochs"] = 0.0
+    return defaults
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bfloat16 faster than float32: GPUs since Ampere, CPUs with
+    AVX512-BF16 or AMX.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def check_models(run: RunArguments, ground: GroundingArguments, learn: LearnArguments) -> None:
+    """Fetch the language model if need be; raise ValueError where models and settings differ."""
+    if ground.adapter != "none":
+        adapter_folder(ground.adapter)
+    if learn.encoder != "llm":
+        llm.resolve(learn.encoder, "--encoder")
+    if run.dry_run and llm.must_be_fetched(run.llm):
+        return
+    path = llm.resolve(run.llm)
+    llm.check_layers(path, ground.keep_layers, "--keep_layers")
+    llm.check_layers(path, ground.fresh_layers, "--fresh_layers", ground.keep_layers)
+    llm.check_layers(path, learn.encoder_layers, "--encoder_layers")
+
+
+def minutes(
+    run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
+) -> dict[str, float]:
+    """About how long the long stages take on two quiet CPU cores with SmolLM2."""
+    layers = (ground.keep_layers or 30) if run.llm != llm.TINY else 0.1
+    examples = ground.max_steps * ground.train_batch_size if ground.max_steps > 0 else 0
+    later_rounds = len(imagine.rounds) - 1
+    actions = imagine.starts_per_goal * imagine.imagined_steps * (1 + later_rounds / 2)
+    actions += imagine.step_starts * (1 + later_rounds * imagine.step_candidates / 60)
+    rows = learn.rl_steps * learn.rl_batch * learn.seeds * len(learn.learned_methods)
+    seconds = {
+        "ground": 20 + 4e-3 * layers * examples,
+        "imagine": 4.4e-4 * layers * imagine.novel_goals * actions,
+        "learn": 15 + 6.7e-6 * rows,
+    }
+    return {} if torch.cuda.is_available() else {k: v / 60 for k, v in seconds.items()}

@@ -1,0 +1,94 @@
+"""What every stage may ask of its run: the world, random streams, models and rollouts by name.
+
+This file knows where things lie in a run's folder, and nothing of what the stages do with them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import env
+from data import grounded, llm
+from data.rollouts import read_rollouts
+from experiment import folder
+from ground import PROMPTS
+from model import KalmForRollouts
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and what all of its stages share."""
+
+    folder: Path
+    world: env.World
+    llm: str  # the language model as the command names it
+    seed: int
+    bf16: bool  # matrix products of the language model in bfloat16
+    trackers: list[str]
+
+    def rng(self, *numbers: int) -> np.random.Generator:
+        """A random stream of its own for each use."""
+        return np.random.default_rng([self.seed, *numbers])
+
+    def say(self, text: str) -> None:
+        """Print on the main process alone."""
+        if PartialState().is_main_process:
+            print(text, flush=True)
+
+    def recorded(self, stage: str) -> dict:
+        """The settings that a finished stage had."""
+        return folder.Manifest(self.folder).stages[stage]["settings"]
+
+    # Models
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the language model computes."""
+        return torch.autocast(PartialState().device.type, torch.bfloat16, enabled=self.bf16)
+
+    def load_llm(self, keep_layers: int) -> tuple[PreTrainedModel, Tokenizer]:
+        """The language model untouched, and its tokenizer."""
+        texts = [*self.world.vocabulary(), *PROMPTS.values()]
+        return llm.load(llm.resolve(self.llm), keep_layers, self.seed, texts)
+
+    def load_encoder(self, name: str, layers: int) -> tuple[torch.nn.Module, Tokenizer]:
+        """A frozen encoder of goal texts: layers of the language model for "llm", or another."""
+        if name == "llm":
+            language_model, tokenizer = self.load_llm(layers)
+            encoder = language_model.base_model
+        else:
+            encoder = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        return encoder.to(PartialState().device), tokenizer
+
+    def load_grounded(self) -> tuple[KalmForRollouts, Tokenizer]:
+        """The grounded model on this process's device, and its tokenizer."""
+        path = self.folder / "grounded"
+        model, tokenizer = grounded.load_grounded(path, self.world, self.bf16)
+        return model.to(PartialState().device), tokenizer
+
+    # Rollouts and goals
+
+    def real_rollouts(self) -> tuple[list[dict], list[dict]]:
+        """(training, held-out) rollouts: the last twentieth is held out, to measure grounding."""
+        path = self.folder / "rollouts" / "real"
+        records = read_rollouts(path, self.world)
+        held_out = max(2, min(1200, len(records) // 20))
+        if len(records) <= held_out:
+            few = f"{path} has {len(records)} rollouts, and {held_out} are held out"
+            raise ValueError(f"{few}; collect more (--train_goals)")
+        return records[:-held_out], records[-held_out:]
+
+    def novel_goals(self) -> dict[str, list[env.Goal]]:
+        """The novel goals that were imagined for, by level."""
+        return env.by_level(env.read_goals(self.folder / "goals.jsonl", self.world))
+
+    def imagined_rollouts(self) -> dict[str, list[dict]]:
+        """All imagined rollouts by level."""
+        folders = {level: self.folder / "rollouts" / level for level in self.novel_goals()}
+        return {level: read_rollouts(path, self.world) for level, path in folders.items()}
