@@ -11,7 +11,7 @@ what surrounds a run in experiment/.
 import os
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036, said before an import fails for it
     sys.exit(f"kalm: Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}")
 from experiment import folder
 
@@ -39,6 +39,7 @@ from data import formats, grounded
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, logs, report
+from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
 from experiment.settings import SettingsParser, at_least, help_text, parse, setting
 from experiment.stages import Plan, Stage, do
@@ -120,16 +121,12 @@ class ReportArguments:
 
     def __post_init__(self):
         self.kinds = [] if self.export == "none" else self.export.split(",")
-        for kind in self.kinds:
-            if kind not in ("npz", "minari"):
-                raise ValueError(f"--export takes none or npz or minari, got {self.export!r}")
+        if not set(self.kinds) <= {"npz", "minari"}:
+            raise ValueError(f"--export takes none, npz, minari or both, got {self.export!r}")
 
 
-CLASSES = (
-    command.RunArguments, CollectArguments, GroundingArguments, ImagineArguments, LearnArguments,
-    EvaluateArguments, ReportArguments,
-)  # fmt: skip
-
+CLASSES = (command.RunArguments, CollectArguments, GroundingArguments, ImagineArguments)
+CLASSES += (LearnArguments, EvaluateArguments, ReportArguments)
 
 # ----------------------------------------------------------------------------------------------
 # Stage 1: collect
@@ -215,7 +212,7 @@ def measured(run: Run, model: KalmForRollouts, tokenizer: Tokenizer, held_out: l
         figures = ground.held_out_figures(model, tokenizer, run.world, held_out)
         for name, prompt in prompts.items():
             explanations = rollout.explain(model, tokenizer, held_out, prompt)
-            parts = rollout.explanation_figures(run.world, held_out, explanations)
+            parts = explanation_figures(run.world, held_out, explanations)
             figures |= {f"{name}_{part}": rate for part, rate in parts.items()}
     return figures
 
@@ -234,24 +231,20 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     figures = {}
     imagined = {}
     for number, (level, goals) in enumerate({**novel, "offline": trained}.items()):
-        seed = [run.seed, 3, number]
+        where = (visited, settings, [run.seed, 3, number], work)
         with run.autocast():
-            rounds = rollout.imagine_rounds(
-                model, tokenizer, run.world, level, goals, visited, settings, seed, work
-            )
+            rounds = rollout.imagine_rounds(model, tokenizer, run.world, level, goals, *where)
         if PartialState().is_main_process:
-            figures[level] = rollout.quality(run.world, rounds[0])
+            figures[level] = rollout_figures(run.world, rounds[0])
             imagined[level] = sum(rounds, [])
             shown = "  ".join(f"{name} {value:.3f}" for name, value in figures[level].items())
             print(f"  {level:9}{shown}")
     if not PartialState().is_main_process:
         return
     for level in env.NOVEL_LEVELS:
-        path = run.folder / "rollouts" / level
+        folder.remove(run.folder / "rollouts" / level)
         if level in imagined:
-            write_rollouts(path, imagined[level])
-        else:
-            folder.remove(path)
+            write_rollouts(run.folder / "rollouts" / level, imagined[level])
     env.write_goals(run.folder / "goals.jsonl", sum(novel.values(), []))
     folder.write_json(run.folder / "quality.json", figures)
 
@@ -321,7 +314,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     """Success rates of every policy, and of the LLM as policy, on all levels -> results.json."""
     state = PartialState()
     learned = LearnArguments(**run.recorded("learn"))
-    goals = goals_to_evaluate(run, settings.episodes)
+    goals = run.goals_to_evaluate(settings.episodes)
     episodes = sum(goals.values(), [])
     level_of_episode = np.repeat(list(goals), settings.episodes)
     starts = []
@@ -353,25 +346,9 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
             success[method][level] = {**cell, "seeds": of_seeds, "episodes": count}
     grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
     del grounding["log"]
-    quality = folder.read_json(run.folder / "quality.json")
-    results = {"success": success, "quality": quality, "grounding": grounding}
+    imagination = folder.read_json(run.folder / "quality.json")
+    results = {"success": success, "quality": imagination, "grounding": grounding}
     folder.write_json(run.folder / "results.json", results)
-
-
-def goals_to_evaluate(run: Run, count: int) -> dict[str, list[env.Goal]]:
-    """count goals a level, those of few repeated in turn: trained ones, and novel ones that have a
-    judge.
-    """
-    real, _ = run.real_rollouts()
-    trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
-    order = run.rng(5).permutation(len(trained))[:count]
-    candidates = {"offline": [trained[number] for number in order], **run.novel_goals()}
-    chosen = {}
-    for level, goals in candidates.items():
-        judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
-        if judged:
-            chosen[level] = [judged[number % len(judged)] for number in range(count)]
-    return chosen
 
 
 def play(run, method, seed_index, goals, starts, table, model, max_steps) -> list[dict]:
@@ -403,15 +380,14 @@ def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
     if settings.kinds:
         table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
         formats.export(run.folder, settings.kinds, run.world, table.of_texts)
-        print(f"  rollouts written to {run.folder / 'export'}")
     print("\n".join(["", *report.results_table(results), ""]))
-    print(f"success rates, {report.most_episodes(results)} episodes a cell (llm: one seed of them)")
-    print(f"more in {run.folder / 'report.html'}")
+    episodes = report.most_episodes(results)
+    print(f"success rates, {episodes} episodes a cell (llm: one seed); more in report.html")
 
 
 @dataclass(frozen=True)
 class Acting:
-    """What `--stage act` does: a goal in words, where it starts, and who acts (none: who can best)."""
+    """What `--stage act` does: a goal in words, the start, and who acts (none named: the best)."""
 
     goal: str
     start_seed: int
@@ -438,21 +414,17 @@ def act(run: Run, settings: Acting, work: Path) -> None:
         record = play(run, method, 0, [goal], start, table, model, run.world.max_steps)[0]
         with run.autocast():
             record["explanation"] = rollout.explain(*model, [record])[0]
-        fits = run.world.explanation_fits(goal.text, record["explanation"])
-        about = (run.world, goal, method, record, fits, settings.start_seed)
-        print(episode.write_account(run.folder, *about))
+        print(episode.write_account(run.folder, run.world, method, record, settings.start_seed))
 
 
 # ----------------------------------------------------------------------------------------------
 # The command
 
-NOVEL_ROLLOUTS = tuple(f"rollouts/{level}" for level in env.NOVEL_LEVELS)
-STAGES = {
+IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard", "quality.json")
+STAGES = {  # function, what it reads and writes, settings of the run that it follows from
     "collect": Stage(collect, (), ("rollouts/real",)),
     "ground": Stage(ground_llm, ("collect",), ("grounded",), ("seed", "env", "llm")),
-    "imagine": Stage(
-        imagine, ("collect", "ground"), ("goals.jsonl", *NOVEL_ROLLOUTS, "quality.json")
-    ),
+    "imagine": Stage(imagine, ("collect", "ground"), IMAGINED),
     "learn": Stage(learn, ("collect", "imagine"), ("policies",), ("seed", "env", "llm")),
     "evaluate": Stage(evaluate, ("collect", "ground", "imagine", "learn"), ("results.json",)),
     "report": Stage(write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html",)),
@@ -461,9 +433,7 @@ STAGES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what a command line asks for. Returns the exit code: 0, or 2 after a sentence that says
-    what is wrong.
-    """
+    """Run a command line. Returns the exit code: 0, or 2 after a sentence on what is wrong."""
     arguments = sys.argv[1:] if arguments is None else [*map(str, arguments)]
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__.split("\n\n")[1], CLASSES, SCALES))
@@ -508,14 +478,9 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     logs.check_trackers(grounding.report_to)
     world = env.make(shared.env)
     imagining.novel_goals_of(world, seed)
-    plan = Plan(
-        manifest,
-        stages=STAGES,
-        names=shared.names(STAGES),
-        settings=dict(zip(STAGES, (*found[1:], acting))),
-        shared={"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm},
-        force=shared.force,
-    )
+    of_stages = dict(zip(STAGES, (*found[1:], acting)))
+    of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
+    plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(given)
     command.check_models(shared, grounding, learning)
     run = Run(manifest.run, world, shared.llm, seed, grounding.bf16, [*grounding.report_to])

@@ -1,4 +1,4 @@
-"""Imagined rollouts: the sampling loop over the grounded LLM, and the judging of what it imagines.
+"""Imagined rollouts: the sampling loop over the grounded LLM, and rounds of imagining.
 
 The loop reads like the paper's (section 4.2): from a start state and a goal the model writes an
 action, the state it expects, the next action... Where physics answers instead of the model's own
@@ -21,16 +21,8 @@ from data.rollouts import read_rollouts, write_rollouts
 from data.sources import is_wanted
 from experiment import folder
 from experiment.settings import at_least, setting
-from ground import (
-    PROMPTS,
-    Tokenizer,
-    make_example,
-    pack,
-    prompt_ids,
-    rollout_positions,
-    text_ids,
-    text_positions,
-)
+from ground import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
+from ground import rollout_positions as positions_of
 from model import ACTION, PAD, STATE, TEXT, KalmForRollouts
 
 # ----------------------------------------------------------------------------------------------
@@ -44,7 +36,7 @@ class Sequences:
     """
 
     def __init__(self, model: KalmForRollouts, prompts: Sequence[list], text_logits: int = 0):
-        """Prefill: run ragged prompts, lists of `ground.Position`, through the model, left-padded."""
+        """Prefill: run ragged prompts, lists of `ground.Position`, left-padded."""
         self.model, self.text_logits = model, text_logits
         shape = len(prompts), max(map(len, prompts))
         ids = np.zeros(shape, np.int64)
@@ -56,9 +48,8 @@ class Sequences:
                 modality[row, column] = position.modality
                 if position.state is not None:
                     states[row, column] = position.state
-        ids, modality, states = (
-            torch.as_tensor(array, device=model.device) for array in (ids, modality, states)
-        )
+        arrays = [torch.as_tensor(array, device=model.device) for array in (ids, modality, states)]
+        ids, modality, states = arrays
         self.mask = (modality != PAD).long()
         position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = position_ids[:, -1] + 1
@@ -88,16 +79,9 @@ class Sequences:
         self.mask, self.next_position = self.mask[rows], self.next_position[rows]
 
     def _run(self, ids, modality, states, position_ids, cache):
-        self.out = self.model(
-            ids,
-            modality,
-            states,
-            attention_mask=self.mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=True,
-            text_logits=self.text_logits,
-        )
+        options = {"attention_mask": self.mask, "position_ids": position_ids, "cache": cache}
+        options |= {"use_cache": True, "text_logits": self.text_logits}
+        self.out = self.model(ids, modality, states, **options)
         self.cache = self.out.cache
 
 
@@ -108,7 +92,9 @@ class Sequences:
 def sample_actions(
     logits: torch.Tensor, temperature: float, generator: torch.Generator, count: int = 1
 ) -> torch.Tensor:
-    """count different actions (B, count) from logits (B, num_actions): the best at temperature 0."""
+    """count different actions (B, count) from logits (B, num_actions): the best at temperature
+    0.
+    """
     if temperature == 0:
         return logits.topk(count).indices
     weights = (logits.float() / temperature).softmax(-1).clamp(min=1e-9).cpu()
@@ -128,6 +114,26 @@ def best_candidates(
     met = world.success(goals, obs, nexts, actions.reshape(-1), imagined=True)
     distance = world.potential(goals, nexts) - 1e6 * met
     return distance.reshape(-1, count).argmin(1) + count * np.arange(len(actions))
+
+
+def imagine_step(
+    sequences: Sequences, world: env.World, goals, obs: torch.Tensor, actions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take actions in mind, (b, count) tried in each row, and go on with the best of each.
+
+    goals: (b, ...) encoded; obs: (b, D). Returns those actions (b,) and the states that the model
+    expects after them (b, D).
+    """
+    count = actions.shape[1]
+    sequences.repeat(count)
+    sequences.feed(ACTION, actions.flatten(), obs.repeat_interleave(count, 0))
+    expected = sequences.out.state_pred[:, -1]
+    if count == 1:
+        return actions[:, 0], expected
+    arrays = [tensor.cpu().numpy() for tensor in (obs, expected, actions)]
+    best = torch.as_tensor(best_candidates(world, goals, *arrays), device=obs.device)
+    sequences.select(best)
+    return actions.flatten()[best], expected[best]
 
 
 class Simulator:
@@ -160,12 +166,12 @@ def generate(
     states: np.ndarray | None = None,
     candidates: int = 1,
 ) -> list[dict]:
-    """Roll out one goal from one start a row, with a key-value cache that lives through the rollout.
+    """Roll out one goal from one start a row, behind a cache that lives through the rollout.
 
     observations: (B, D). A row ends when the judge says success, after max_steps actions, and after
-    one action for one-step goals; finished rows leave the batch. states: (B, S), to act in the world
-    from these instead of imagining. candidates: different actions that the model imagines at each
-    step, to go on with the one that the reward likes best. Returns B rollout records.
+    one action for one-step goals; finished rows leave the batch. states: (B, S), to act in the
+    world from these instead of imagining. candidates: different actions that the model tries in
+    mind at each step, to go on with the one that the reward likes best. Returns B rollout records.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -174,45 +180,29 @@ def generate(
     simulator = None if states is None else Simulator(world, states)
     obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
     paths = [[row] for row in obs.cpu().numpy()]
-    actions_taken = [[] for _ in goals]
+    taken = [[] for _ in goals]
     prompts = []
     for goal, (start,) in zip(goals, paths):
         prompt = text_positions(prompt_ids(tokenizer, "generation", goal.text))
-        prompts.append(prompt + rollout_positions([start]))
+        prompts.append(prompt + positions_of([start]))
     sequences = Sequences(model, prompts)
     running = np.arange(len(goals))
     max_steps = max_steps or world.max_steps
     for step in range(max_steps):
+        before = obs.cpu().numpy()
         logits = sequences.out.action_logits[:, -1]
         actions = sample_actions(logits, temperature, generator, candidates)
-        sequences.repeat(candidates)
-        sequences.feed(ACTION, actions.flatten(), obs.repeat_interleave(candidates, 0))
-        imagined = sequences.out.state_pred[:, -1]
-        before = obs.cpu().numpy()
-        actions = actions.flatten()
-        if candidates > 1:
-            tried = actions.cpu().numpy().reshape(-1, candidates)
-            nexts = imagined.cpu().numpy()
-            chosen = best_candidates(world, encoded[running], before, nexts, tried)
-            chosen = torch.as_tensor(chosen, device=model.device)
-            sequences.select(chosen)
-            imagined, actions = imagined[chosen], actions[chosen]
-        taken = actions.cpu().numpy()
-        if simulator is None:
-            obs = imagined
-        else:
-            obs = torch.as_tensor(simulator.step(running, taken), device=model.device)
-        finite.check(
-            f"rollout, action {step + 1}",
-            {"state": obs},
-            (obs,),
-            about=lambda row, running=running: goals[running[row]].text,
-        )
+        actions, obs = imagine_step(sequences, world, encoded[running], obs, actions)
+        actions = actions.cpu().numpy()
+        if simulator is not None:
+            obs = torch.as_tensor(simulator.step(running, actions), device=model.device)
+        texts = [goals[row].text for row in running]
+        finite.check(f"rollout, action {step + 1}", {"state": obs}, (obs,), about=texts.__getitem__)
         after = obs.cpu().numpy()
-        met = world.success(encoded[running], before, after, taken, imagined=simulator is None)
-        for row, next_obs, action in zip(running, after, taken):
+        met = world.success(encoded[running], before, after, actions, imagined=simulator is None)
+        for row, next_obs, action in zip(running, after, actions):
             paths[row].append(next_obs)
-            actions_taken[row].append(action)
+            taken[row].append(action)
         going = np.flatnonzero(~met & ~one_step[running])
         if len(going) == 0 or step + 1 == max_steps:
             break
@@ -224,11 +214,9 @@ def generate(
         sequences.feed(STATE, no_index, obs)
     records = []
     for row, goal in enumerate(goals):
-        path = np.array(paths[row])
-        taken = np.array(actions_taken[row], np.int64)
         physical = None if simulator is None else np.array(simulator.paths[row])
-        record = env.rollout_record(world, goal, path, taken, physical, simulator is None)
-        records.append(record)
+        episode = (np.array(paths[row]), np.array(taken[row], np.int64), physical)
+        records.append(env.rollout_record(world, goal, *episode, imagined=simulator is None))
     return records
 
 
@@ -246,11 +234,12 @@ def generate_all(
     description: str = "imagine",
     **options,
 ) -> list[dict]:
-    """`generate` in batches of goals with texts of like length; returns records in the order of goals.
+    """`generate` in batches of goals with texts of like length; records come in the order of goals.
 
     candidates: for all goals, or a number for each. batch_size: rows of the model, of which each
     candidate takes one.
     """
+    observations = np.asarray(observations)
     counts = np.broadcast_to(candidates, len(goals))
     order = np.lexsort(([len(goal.text) for goal in goals], counts))
     batches = []
@@ -261,19 +250,12 @@ def generate_all(
         batches.append(order[:size])
         order = order[size:]
     records = [None] * len(goals)
-    progress = tqdm(batches, desc=description, disable=len(batches) < 2)
-    for number, rows in enumerate(progress):
-        part = generate(
-            model,
-            tokenizer,
-            world,
-            [goals[row] for row in rows],
-            np.asarray(observations)[rows],
-            seed=seed + number,
-            states=None if states is None else states[rows],
-            candidates=int(counts[rows[0]]),
-            **options,
-        )
+    for number, rows in enumerate(tqdm(batches, desc=description, disable=len(batches) < 2)):
+        options["seed"] = seed + number
+        options["states"] = None if states is None else states[rows]
+        options["candidates"] = int(counts[rows[0]])
+        some_goals = [goals[row] for row in rows]
+        part = generate(model, tokenizer, world, some_goals, observations[rows], **options)
         for row, record in zip(rows, part):
             records[row] = record
     return records
@@ -365,65 +347,50 @@ def imagine_rounds(
     starts without a match. Returns records by round; all processes share the work.
 
     Later rounds look ahead: of several actions that the model would take, the reward picks the one
-    with the best imagined outcome. So what is kept is spread over goals and starts as the starts are,
-    not as the model's luck is. Goals of level offline, for comparison, have one start and one round
-    each. visited: (N, D), states of the data, where a share of the rollouts starts: there another
-    goal was pursued. A finished round is kept in the folder `work`, and read from there next time.
+    with the best imagined outcome. So what is kept is spread over goals and starts as the starts
+    are, not as the model's luck is. Goals of level offline, for comparison, have one start and one
+    round each. visited: (N, D), states of the data, where a share of the rollouts starts: there
+    another goal was pursued. A finished round is kept in the folder `work`.
     """
     state = PartialState()
     rng = np.random.default_rng(seed)
-    one_step = world.one_step(world.encode_goals(goals))
-    if level == "offline":
-        repeats = np.ones(len(goals), int)
-    else:
-        repeats = np.where(level == "easy", settings.step_starts, settings.starts_per_goal)
-        repeats = np.repeat(repeats, len(goals))
-    goals = [goal for goal, count in zip(goals, repeats) for _ in range(count)]
-    one_step = np.repeat(one_step, repeats)
+    starts_a_goal = {"offline": 1, "easy": settings.step_starts}
+    repeats = starts_a_goal.get(level, settings.starts_per_goal)
+    goals = [goal for goal in goals for _ in range(repeats)]
     starts = world.observe(env.unfulfilled_states(world, rng, goals))
     if level != "offline":
         elsewhere = rng.random(len(goals)) < settings.visited_share
         seen = env.unfulfilled_observations(world, rng, goals, visited)
         starts[elsewhere] = seen[elsewhere]
+    one_step = world.one_step(world.encode_goals(goals))
     candidates = np.where(one_step, settings.step_candidates, settings.candidates)
-    unjudged = any(goal.kind == env.UNJUDGED for goal in goals)
+    is_checked = settings.self_check or any(goal.kind == env.UNJUDGED for goal in goals)
+    temperatures = settings.rounds[:1] if level == "offline" else settings.rounds
     rounds = []
     rows = np.arange(len(goals))
-    for number, temperature in enumerate(settings.rounds):
+    for number, temperature in enumerate(temperatures):
         mine = rows[state.process_index :: state.num_processes]
-        draws = int(rng.integers(2**31))
+        draws = int(rng.integers(2**31)) + state.process_index
         kept = work / f"{level}-{number}"
         if kept.is_dir():
             records = read_rollouts(kept, world)
         else:
-            records = generate_all(
-                model,
-                tokenizer,
-                world,
-                [goals[row] for row in mine],
-                starts[mine],
-                temperature=temperature,
-                max_steps=settings.imagined_steps,
-                candidates=candidates[mine] if number > 0 else 1,
-                seed=draws + state.process_index,
-                description=f"imagine {level}",
-            )
-            if settings.self_check or unjudged:
+            options = {"temperature": temperature, "max_steps": settings.imagined_steps}
+            options |= {"candidates": candidates[mine] if number else 1, "seed": draws}
+            options |= {"description": f"imagine {level}"}
+            wanted = [goals[row] for row in mine]
+            records = generate_all(model, tokenizer, world, wanted, starts[mine], **options)
+            if is_checked:
                 self_check(model, tokenizer, world, records)
-            records = in_order(mine, records)
+            gathered = gather_object(list(zip(mine.tolist(), records)))
+            records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
             if state.is_main_process:
                 write_rollouts(kept, records)
         rounds.append(records)
         rows = rows[[not is_wanted(world, record, "matched") for record in records]]
-        if level == "offline" or len(rows) == 0:
+        if len(rows) == 0:
             break
     return rounds
-
-
-def in_order(mine: np.ndarray, records: list[dict]) -> list[dict]:
-    """The records of all processes, each of which made those of its rows `mine`, by row."""
-    gathered = gather_object(list(zip(mine.tolist(), records)))
-    return [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
 
 
 def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict]) -> None:
@@ -457,7 +424,7 @@ def explain(
         running = order[start : start + batch_size]
         prompts = []
         for row in running:
-            shown = rollout_positions(records[row]["observations"], records[row]["actions"])
+            shown = positions_of(records[row]["observations"], records[row]["actions"])
             prompts.append(asked + shown)
         sequences = Sequences(model, prompts, text_logits=1)
         for _ in range(max_tokens):
@@ -483,7 +450,8 @@ def dynamics_error(
     records: Sequence[dict],
     rollouts_a_row: int = 16,
 ) -> list[np.ndarray]:
-    """How far imagined next states are from the model's answer when asked for that transition alone.
+    """How far imagined next states are from the model's answer when asked for that transition
+    alone.
 
     Returns an array (T,) for each record, the distance of the object that differs most.
     """
@@ -501,65 +469,3 @@ def dynamics_error(
         ends = np.cumsum([len(record["actions"]) for record in part])
         errors += np.split(largest, ends[:-1])
     return errors
-
-
-def explanation_figures(
-    world: env.World, records: Sequence[dict], explanations: Sequence[str]
-) -> dict[str, float]:
-    """How often explanations of rollouts are right, as rates by part (`World.explanation_scores`)."""
-    goals = [env.goal_of(record) for record in records]
-    final = np.stack([record["observations"][-1] for record in records])
-    scores = world.explanation_scores(goals, explanations, final)
-    return {part: float(np.mean(right)) for part, right in scores.items()}
-
-
-# ----------------------------------------------------------------------------------------------
-# Judging what was imagined (paper, section 5.3)
-
-
-def quality(world: env.World, records: Sequence[dict]) -> dict[str, float]:
-    """Figures of imagined rollouts.
-
-    Of goals that have a judge: match, the rate that fulfils its goal; executed, the rate that does
-    when its actions are played in the world from its start; executed_of_matched; action_match, of
-    one-step goals the action alone. The world's rates of what cannot be (`World.plausibility`).
-    After a self-check explained, the rate whose explanation fits the goal; match_of_explained;
-    dynamics_error.
-    """
-    goals = [env.goal_of(record) for record in records]
-    encoded = world.encode_goals(goals)
-    first = np.stack([record["observations"][0] for record in records])
-    obs = np.concatenate([record["observations"][:-1] for record in records])
-    nexts = np.concatenate([record["observations"][1:] for record in records])
-    lengths = [len(record["actions"]) for record in records]
-    plans = env.replay([record["actions"] for record in records])
-    starts = world.state_from_observation(first)
-    played = env.run_episodes(world, plans, goals, starts, max(lengths))
-    match = np.array([record["success"] for record in records])
-    executed = np.array([record["success"] for record in played])
-    judged = np.array([goal.kind != env.UNJUDGED for goal in goals])
-    figures = {"rollouts": len(records)}
-    if judged.any():
-        figures["match"] = match[judged].mean()
-        figures["executed"] = executed[judged].mean()
-        figures["executed_of_matched"] = mean_or_zero(executed[match])
-    figures["actions"] = np.mean(lengths)
-    figures |= world.plausibility(obs, nexts)
-    if records[0].get("explanation") is not None:
-        fits = [world.explanation_fits(r["goal"], r["explanation"]) for r in records]
-        figures["explained"] = np.mean(fits)
-        if judged.any():
-            figures["match_of_explained"] = mean_or_zero(match[fits & judged])
-        errors = [record["dynamics_error"] for record in records]
-        figures["dynamics_error"] = np.concatenate(errors).mean()
-    one_step = world.one_step(encoded)
-    if one_step.any():
-        actions = np.array([record["actions"][0] for record in records])[one_step]
-        where = first[one_step]
-        figures["action_match"] = world.success(encoded[one_step], where, where, actions).mean()
-    return {name: float(value) for name, value in figures.items()}
-
-
-def mean_or_zero(values: np.ndarray) -> float:
-    """Mean of rates, 0 where there are none."""
-    return values.mean() if len(values) else 0.0

@@ -16,7 +16,7 @@ import numpy as np
 
 import env
 from data import minari_io, padded, recordings, rollouts
-from data.recordings import numbers, whole_actions
+from data.recordings import is_unknown, numbers, whole_actions
 from experiment import folder
 
 LEAST = 3  # rollouts: two are held out, one is learned from
@@ -145,7 +145,7 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     met = world.success(*transitions, imagined)
     steps = int(met.argmax()) + 1 if met.any() else len(actions)
     states = recording.get("states")
-    if np.shape(states) == (len(seen), world.state_dim):
+    if np.shape(states) == (len(seen), world.state_dim) and not is_unknown(states):
         states = numbers("states", states, np.shape(states))[: steps + 1]
     else:
         states = None  # of another world, or a row short
@@ -153,11 +153,12 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     record = env.rollout_record(world, goal, seen, actions, states, imagined)
     recorded = {"rewards": record["rewards"], "terminals": met[:steps]}
     for name in ("rewards", "terminals", "dynamics_error"):
-        if recording.get(name) is not None:
-            recorded[name] = numbers(name, recording[name], met.shape)[:steps]
+        values = recording.get(name)
+        if values is not None and not (name == "dynamics_error" and is_unknown(values)):
+            recorded[name] = numbers(name, values, met.shape)[:steps]
     if "dynamics_error" in recorded:
         record["dynamics_error"] = recorded["dynamics_error"].astype(np.float32)
-    if recording.get("explanation") is not None:
+    if recording.get("explanation"):
         record["explanation"] = recording["explanation"].replace("\0", "\ufffd")
     rollouts.check_record(record, world)
     notes = ["completed"] * recording.get("completed", False)

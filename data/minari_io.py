@@ -23,16 +23,15 @@ TEXTS = ("goal", "level", "kind", "relations", "explanation")
 
 
 def package():  # noqa: ANN201 - minari is optional
-    """(MinariStorage, EpisodeBuffer) of minari. Raises ValueError that says how to get it."""
+    """The module minari. Raises ValueError that says how to get it."""
     try:
-        from minari.data_collector import EpisodeBuffer
-        from minari.dataset.minari_storage import MinariStorage
+        import minari
     except ImportError:
         raise Refused(
             "Minari datasets need an optional package, which is not installed; "
             '`pip install "minari[hdf5,arrow]"`'
         ) from None
-    return MinariStorage, EpisodeBuffer
+    return minari
 
 
 def recordings_of(path: Path) -> Iterator[dict]:
@@ -40,7 +39,7 @@ def recordings_of(path: Path) -> Iterator[dict]:
     data = path / "data" if (path / "data").is_dir() else path
     if not (data / "metadata.json").is_file():
         raise Refused("neither state.json of a rollouts dataset nor metadata.json of a Minari one")
-    Storage, _ = package()
+    Storage = package().dataset.minari_storage.MinariStorage
     try:
         metadata = Storage.read_raw_metadata(data)
         for space in ("observation_space", "action_space"):
@@ -118,9 +117,9 @@ def write_minari(
 
     Minari finds it as FOLDER/NAME-v0 below $MINARI_DATASETS_PATH, and recovers the environment.
     """
-    import minari
-
-    Storage, EpisodeBuffer = package()
+    minari = package()
+    Storage = minari.dataset.minari_storage.MinariStorage
+    EpisodeBuffer = minari.data_collector.EpisodeBuffer
     face = env.WorldEnv(world)
     spec = EnvSpec(
         id=f"KALM/{type(world).__name__}-v0",
@@ -132,7 +131,7 @@ def write_minari(
         storage = Storage.new(
             aside / "data", face.observation_space, face.action_space, spec, data_format
         )
-        storage.update_episodes(EpisodeBuffer(**_episode(record)) for record in records)
+        storage.update_episodes(EpisodeBuffer(**fields) for fields in _episodes(records, world))
         storage.update_metadata(
             {
                 "dataset_id": f"{path.parent.name}/{path.name}",
@@ -143,30 +142,42 @@ def write_minari(
         )
 
 
-def _episode(record):
-    """The fields of a Minari episode. It terminates with success, or is truncated."""
-    steps = len(record["actions"])
-    last = np.arange(steps) == steps - 1
-    told = {
-        "goal": record["goal"],
-        "level": record["level"],
-        "kind": record["kind"],
-        "relations": json.dumps(record["relations"]),
-        "imagined": rollouts.is_imagined(record),
+def _episodes(records, world):
+    """The fields of Minari episodes, all with the same infos. They terminate with success, or are
+
+    truncated.
+    """
+    optional = {
+        name for record in records for name in rollouts.OPTIONAL if record.get(name) is not None
     }
-    if record.get("explanation") is not None:
-        told["explanation"] = record["explanation"]
-    infos = {name: [value] * (steps + 1) for name, value in told.items()}
-    infos["success"] = [False, *(last & record["success"]).tolist()]
-    if record.get("states") is not None:
-        infos["state"] = record["states"]
-    if record.get("dynamics_error") is not None:
-        infos["dynamics_error"] = [0.0, *record["dynamics_error"].tolist()]
-    return {
-        "observations": record["observations"],
-        "actions": record["actions"],
-        "rewards": record["rewards"],
-        "terminations": last & record["success"],
-        "truncations": last & (not record["success"]),
-        "infos": infos,
-    }
+    for record in records:
+        steps = len(record["actions"])
+        last = np.arange(steps) == steps - 1
+        texts = {
+            "goal": record["goal"],
+            "level": record["level"],
+            "kind": record["kind"],
+            "relations": json.dumps(record["relations"]),
+            "imagined": rollouts.is_imagined(record),
+        }
+        if "explanation" in optional:
+            texts["explanation"] = record.get("explanation") or ""
+        infos = {name: [value] * (steps + 1) for name, value in texts.items()}
+        infos["success"] = [False, *(last & record["success"]).tolist()]
+        if "states" in optional:
+            unknown = np.full((steps + 1, world.state_dim), np.nan)
+            infos["state"] = unknown if record["states"] is None else record["states"]
+        if "dynamics_error" in optional:
+            errors = record.get("dynamics_error")
+            infos["dynamics_error"] = [
+                np.nan,
+                *(np.full(steps, np.nan) if errors is None else errors).tolist(),
+            ]
+        yield {
+            "observations": record["observations"],
+            "actions": record["actions"],
+            "rewards": record["rewards"],
+            "terminations": last & record["success"],
+            "truncations": last & (not record["success"]),
+            "infos": infos,
+        }

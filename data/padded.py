@@ -61,12 +61,12 @@ def _row(fields, world, rng):
         goal["code"] = numbers("goals", fields["goals"], (None, None))
     recording = {"goal": goal, "imagined": bool(numbers("imagined", fields.get("imagined", 0), ()))}
     for name in ("actions", "rewards", "terminals", "dynamics_error"):
-        if name in fields and not _is_unknown(fields[name][:steps]):
+        if name in fields:
             recording[name] = fields[name][:steps]
-    if "states" in fields and not _is_unknown(fields["states"]):
+    if "states" in fields:
         recording["states"] = fields["states"][: steps + 1]
     if "explanations" in fields:
-        recording["explanation"] = text_of("explanations", fields["explanations"]) or None
+        recording["explanation"] = text_of("explanations", fields["explanations"])
     seen = fields["observations"]
     if len(seen) > len(mask) or steps == 0:
         return {**recording, "observations": seen[: steps + 1]}
@@ -91,11 +91,6 @@ def _draw(texts, rng):
     if getattr(texts, "ndim", 1) != 1 or len(texts) == 0:
         raise Refused("instructions must be texts, one or several a rollout")
     return text_of("instructions", texts[rng.integers(len(texts))])
-
-
-def _is_unknown(values):
-    """Whether numbers of a rollout are all NaN, which stands for a field that it does not have."""
-    return values.dtype.kind == "f" and bool(np.isnan(values).all())
 
 
 def check_reach(observations: np.ndarray, world: env.World) -> None:

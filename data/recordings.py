@@ -72,6 +72,12 @@ def numbers(field: str, values: object, shape: tuple, longer: bool = False) -> n
     return values.astype(np.float32) if longer else values
 
 
+def is_unknown(values: object) -> bool:
+    """Whether numbers of a rollout are all NaN, which stands for a field that it does not have."""
+    values = np.asarray(values)
+    return values.dtype.kind == "f" and bool(np.isnan(values).all())
+
+
 def whole_actions(values: object, num_actions: int) -> np.ndarray:
     """Actions as int64. Raises Refused unless they are one or more whole numbers in range."""
     values = numbers("actions", values, (None,))
@@ -131,13 +137,13 @@ def _read_npz(path):
             left -= size
             with archive.open(member) as stream:
                 shape, dtype = _npy_header(stream)
+            if dtype.hasobject:
+                raise Refused(f"field {name!r} has type object; only numbers and texts are read")
             if left < 0 or math.prod(shape) * dtype.itemsize > size:
                 raise Refused(
                     f"field {name!r}, {shape} of {dtype}, is more than its {size} bytes, "
                     f"or past the {LARGEST >> 30} GiB that are read"
                 )
-            if dtype.hasobject:
-                raise Refused(f"field {name!r} has type object; only numbers and texts are read")
             arrays[name] = file[member]
     return arrays
 
@@ -153,23 +159,24 @@ def open_hdf5(path: Path):  # noqa: ANN201 - h5py is optional
         import h5py
     except ImportError:
         raise Refused('HDF5 needs an optional package; `pip install "minari[hdf5]"`') from None
-    sizes = []
-
-    def check(name, link):
-        found = file[name] if isinstance(link, h5py.HardLink) else None
-        is_data = isinstance(found, h5py.Dataset)
-        if found is None or (is_data and (found.external or found.is_virtual)):
-            raise Refused(f"{name} links to data in another place; refused")
-        sizes.append(found.nbytes if is_data else 0)
-        if sum(sizes) > LARGEST:
-            raise Refused(f"{name} is larger than the {LARGEST >> 30} GiB that are read")
-
+    left = LARGEST
     file = h5py.File(path)
-    try:
-        file.visititems_links(check)
-    except BaseException:
+
+    def problem(name, link):
+        nonlocal left
+        if not isinstance(link, h5py.HardLink):
+            return f"{name} is a link to data in another place; refused"
+        found = file[name]
+        if isinstance(found, h5py.Dataset):
+            left -= found.nbytes
+            if found.external or found.is_virtual:
+                return f"{name} lies in another file; refused"
+        return f"{name} is larger than is read" if left < 0 else None
+
+    said = file.visititems_links(problem)
+    if said is not None:
         file.close()
-        raise
+        raise Refused(said)
     return file
 
 

@@ -47,15 +47,17 @@ def judge_in_words(world: env.World, goal: env.Goal, is_of_run: bool) -> str:
     return f"{world.goal_in_words(goal)} ({source})"
 
 
-def write_account(
-    run: Path, world, goal: env.Goal, method: str, record: dict, explanation_fits: bool, seed: int
-) -> str:
-    """A GIF in RUN/act and a line in RUN/logs/act.jsonl. Returns three lines for the terminal."""
-    name = re.sub(r"\W+", "-", goal.text.lower())[:40].strip("-")
+def write_account(run: Path, world: env.World, method: str, record: dict, seed: int) -> str:
+    """A GIF in RUN/act and a line in RUN/logs/act.jsonl. Returns three lines for the terminal.
+
+    record: of the episode, with the explanation that the LLM gave of it.
+    """
+    explanation_fits = world.explanation_fits(record["goal"], record["explanation"])
+    name = re.sub(r"\W+", "-", record["goal"].lower())[:40].strip("-")
     gif = run / "act" / f"{name}-{seed}-{method}.gif"
     gif.parent.mkdir(exist_ok=True)
     env.save_gif(gif, world, record)
-    about = {"goal": goal.text, "kind": goal.kind, "method": method, "seed": seed}
+    about = {"goal": record["goal"], "kind": record["kind"], "method": method, "seed": seed}
     done = {"verdict": verdict_of(record), "actions": record["actions"].tolist()}
     said = {"explanation": record["explanation"], "explanation_fits": explanation_fits}
     log = run / "logs" / "act.jsonl"

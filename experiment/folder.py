@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -69,7 +70,7 @@ def write_json(path: Path, value) -> None:
         aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """The value of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -153,8 +154,8 @@ class Manifest:
         return record.get("fingerprint") == fingerprint and all(file.is_file() for file in files)
 
     def begin(self, work: Path, anew: bool) -> None:
-        """Make the folder of what a stage has not finished. Those of other settings are deleted, and
-        with anew what an earlier try left in this one.
+        """Make the folder of what a stage has not finished. Those of other settings are deleted,
+        and with anew what an earlier try left in this one.
         """
         if not (self.run / "manifest.json").is_file():
             self._write()

@@ -47,7 +47,9 @@ class LogLines(TrainerCallback):
 
 @contextlib.contextmanager
 def curve(logs: Path, name: str, trackers: Sequence[str]) -> Iterator[Callable[[int, float], None]]:
-    """A function log(step, loss) that appends to LOGS/NAME.jsonl, begun anew, and tells trackers."""
+    """A function log(step, loss) that appends to LOGS/NAME.jsonl, begun anew, and tells
+    trackers.
+    """
     path = logs / f"{name}.jsonl"
     folder.remove(path)
     started = [_start(tracker, logs, name) for tracker in trackers]

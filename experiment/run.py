@@ -92,3 +92,18 @@ class Run:
         """All imagined rollouts by level."""
         folders = {level: self.folder / "rollouts" / level for level in self.novel_goals()}
         return {level: read_rollouts(path, self.world) for level, path in folders.items()}
+
+    def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
+        """count goals a level, few ones repeated in turn: trained ones, and novel ones that have a
+        judge.
+        """
+        real, _ = self.real_rollouts()
+        trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
+        order = self.rng(5).permutation(len(trained))[:count]
+        candidates = {"offline": [trained[row] for row in order], **self.novel_goals()}
+        chosen = {}
+        for level, goals in candidates.items():
+            judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
+            if judged:
+                chosen[level] = [judged[number % len(judged)] for number in range(count)]
+        return chosen

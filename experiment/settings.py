@@ -60,7 +60,9 @@ class SettingsParser(HfArgumentParser):
         return found
 
     def check_names(self, arguments: Sequence[str], renamed: dict[str, str]) -> None:
-        """Raise ValueError for an option that there is not, with its present or the nearest name."""
+        """Raise ValueError for an option that there is not, with its present or the nearest
+        name.
+        """
         _, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")

@@ -59,7 +59,9 @@ class Plan:
         return {"run": shared, "settings": recorded(), "inputs": inputs()}
 
     def fingerprint(self, name: str) -> str:
-        """Hash of what a stage's result follows from; of an input its content counts, not its name."""
+        """Hash of what a stage's result follows from; of an input its content counts, not its
+        name.
+        """
         record = self.record(name)
         counts = {**record["run"], **record["settings"], **record["inputs"]}
         return self.manifest.fingerprint(name, counts, self.stages[name].reads)
