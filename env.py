@@ -268,7 +268,7 @@ class World:
     def draw(self, obs: ndarray, action: int | None = None, size: int = 256) -> ndarray:
         """A picture (size, size, 3) uint8 of an observation and the action about to be taken."""
         lines = [f"{number:.2f}" for number in obs]
-        lines += [] if action is None else [f"action {action}"]
+        lines.append("" if action is None else f"action {action}")
         image = Image.new("RGB", (size, size), "white")
         ImageDraw.Draw(image).multiline_text((8, 24), "\n".join(lines), fill="black")
         return np.asarray(image)
@@ -342,7 +342,7 @@ def run_episodes(
 
     policy(obs, rows): actions for observations (b, D) of the episodes `rows` (b,), those that still
     run. states: (B, state_dim) starts. One-step goals last one action. description: of a progress
-    bar. Returns B rollout records (see `rollout_record`).
+    bar. Returns B rollout records.
     """
     encoded = world.encode_goals(goals)
     one_step = world.one_step(encoded)
@@ -412,8 +412,8 @@ class WorldEnv(gymnasium.Env):
     """Any world with Gymnasium's interface; the goal is in info["goal"], as text.
 
     world: a World, or its name as `make` takes it. reset options: "goal", a Goal (default: a random
-    training goal); "state", a (state_dim,) state. info has goal, level, kind, relations (JSON),
-    state and success at every step.
+    training goal); "state", (state_dim,). info: goal, level, kind, relations (JSON), state and
+    success.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}

@@ -26,8 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import env
 from data import finite
 from data.grounded import adapter_hashes
-from experiment import folder
-from experiment.logs import LogLines
+from experiment.logs import LogLines, last_checkpoint
 from experiment.settings import at_least, setting
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
@@ -64,17 +63,15 @@ class GroundingArguments(transformers.TrainingArguments):
     eval_steps: float = setting(0.25, "between measurements; below 1: a share of all steps")
     save_steps: float = setting(100, "between checkpoints, from which a killed run goes on")
     save_total_limit: int = setting(1, "checkpoints to keep; all go when grounding is done")
-    report_to: str = setting("none", "tensorboard, wandb, trackio or other trackers")
-    project: str = setting("kalm", "of the trackers")
-    run_name: str = setting("grounding", "of the trackers")
+    report_to: str = setting("none", "trackers: tensorboard, wandb, trackio, ...")
     seed: int = setting(0, "of everything random")
-    use_cpu: bool = setting(not torch.cuda.is_available(), "train on the CPU")
-    dataloader_pin_memory: bool = setting(torch.cuda.is_available(), "for faster copies to a GPU")
     ddp_find_unused_parameters: bool = setting(True, "a batch may lack a modality")
-    remove_unused_columns: bool = setting(False, "examples are what the model takes")
 
     def __post_init__(self):
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
+        self.run_name = self.run_name or "grounding"
+        self.remove_unused_columns = False  # examples are what the model takes
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
         at_least(0, self, "keep_layers", "fresh_layers", "lora_rank", "num_train_epochs", "seed")
         at_least(0, self, "learning_rate", "new_learning_rate", "embedding_scale")
@@ -90,10 +87,8 @@ class GroundingArguments(transformers.TrainingArguments):
             )
         inside = Path(self.output_dir).resolve() / "grounded"
         if Path(self.adapter).resolve().is_relative_to(inside):
-            raise ValueError(
-                f"--adapter {self.adapter}: ground would replace {inside}; copy the adapter "
-                "elsewhere, or give another --output_dir"
-            )
+            advice = "copy the adapter elsewhere, or give another --output_dir"
+            raise ValueError(f"--adapter {self.adapter}: ground would replace {inside}; {advice}")
 
     @property
     def task_names(self) -> list[str]:
@@ -102,7 +97,7 @@ class GroundingArguments(transformers.TrainingArguments):
 
     @property
     def trains(self) -> bool:
-        """Whether there is any training to do."""
+        """Whether there is training to do."""
         return self.max_steps > 0 or self.num_train_epochs > 0
 
     def recorded(self) -> dict:
@@ -122,25 +117,15 @@ class GroundingArguments(transformers.TrainingArguments):
         """An adapter counts by its weights."""
         return {"adapter": adapter_hashes(self.adapter)} if self.adapter != "none" else {}
 
-    def facts(self) -> dict:
-        """What the model card says of training."""
-        batch = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-        adapter = None if self.adapter == "none" else self.adapter
-        return {"adapter": adapter, "tasks": self.task_names, "batch_size": batch}
-
 
 OUR_SETTINGS = set(GroundingArguments.__annotations__)
-ELSEWHERE = (  # how names of settings begin that say where and how to compute, save and show
-    "output_dir run_name project report_to seed data_seed use_cpu bf16 fp16 tf32 disable_tqdm "
-    "debug local_rank full_det prediction_loss include_for label_names deepspeed fsdp logging_ "
-    "log_ save_ eval_ per_device_eval dataloader_ ddp_ hub_ push_to_hub do_ trackio_ skip_ restore_ "
-    "torch_compile accelerator_ parallelism_ resume_from remove_unused batch_eval enable_jit average_"
-).split()
-TRAINING_SETTINGS = [
-    field.name
-    for field in fields(GroundingArguments)
-    if not field.name.startswith(tuple(ELSEWHERE))
-]
+# How settings begin that say where and how to compute, save and show, and change no result.
+ELSEWHERE = """output_dir run_name project report_to seed data_seed use_cpu bf16 fp16 tf32 debug
+disable_tqdm local_rank full_det prediction_loss include_for label_names deepspeed logging_ log_
+save_ eval_ per_device_eval dataloader_ ddp_ hub_ push_to_hub do_ trackio_ skip_ restore_ average_
+torch_compile accelerator_ parallelism_ resume_from remove_unused batch_eval enable_jit fsdp"""
+ALL_SETTINGS = [field.name for field in fields(GroundingArguments)]
+TRAINING_SETTINGS = [name for name in ALL_SETTINGS if not name.startswith(tuple(ELSEWHERE.split()))]
 
 # ----------------------------------------------------------------------------------------------
 # Prompts
@@ -181,12 +166,12 @@ def prompt_ids(tokenizer: Tokenizer, task: str, goal: str = "", wording: int = 0
 
 
 class Position(NamedTuple):
-    """One place of a sequence."""
+    """One place of a sequence, maybe to be predicted from the one before."""
 
     modality: int
     index: int = 0  # of the token or action
-    state: np.ndarray | None = None  # at a state its numbers, at an action the state it is taken in
-    predict: bool = False  # whether it is to be predicted from the position before
+    state: np.ndarray | None = None  # of an action, the state that it is taken in
+    predict: bool = False
 
 
 def text_positions(ids: Sequence[int], predict: bool = False) -> list[Position]:
@@ -373,9 +358,7 @@ def pack(examples: Sequence[dict], row_length: int = 256) -> dict[str, torch.Ten
 
 class GroundingTrainer(transformers.Trainer):
     """Trainer with a learning rate of its own for new layers, losses by task and modality in its
-    log, and figures of held-out rollouts as its evaluation.
-
-    Raises FloatingPointError before a step that would spoil the weights.
+    log, figures of held-out rollouts as its evaluation, and no step on a loss that is NaN.
     """
 
     def __init__(self, *args, world: env.World, held_out: Sequence[dict], **kwargs):
@@ -482,18 +465,6 @@ def train(
     checkpoint = settings.resume_from_checkpoint or last_checkpoint(work)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.log_history
-
-
-def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is whole: the Trainer writes the state, a JSON file, last."""
-    found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    for checkpoint in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            folder.read_json(checkpoint / "trainer_state.json")
-        except ValueError:
-            continue
-        return str(checkpoint)
-    return None
 
 
 @torch.no_grad()

@@ -153,8 +153,10 @@ def collect(run: Run, settings: CollectArguments, work: Path) -> None:
 
         records = env.run_episodes(world, expert, goals, states, settings.expert_steps, "collect")
         kept = [record for record in records if record["success"]]
-        print(f"  {len(kept)} of {len(records)} expert rollouts succeed, ", end="")
-        print(f"{np.mean([len(record['actions']) for record in kept]):.1f} actions each")
+        actions = np.mean([len(record["actions"]) for record in kept])
+        print(
+            f"  {len(kept)} of {len(records)} expert rollouts succeed, {actions:.1f} actions each"
+        )
     write_rollouts(run.folder / "rollouts" / "real", kept)
 
 
@@ -187,15 +189,15 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
         metrics["log"] += [{**entry, "step": before + entry["step"]} for entry in losses]
     if not PartialState().is_main_process:
         return
-    is_measured = settings.trains or settings.adapter == "none" or own_data
-    if is_measured:
-        metrics = {"log": metrics["log"], **measured(run, model, tokenizer, held_out)}
-    figures = {name: value for name, value in metrics.items() if name != "log"}
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-    print(f"  held-out rollouts{'' if is_measured else ' of its training'}: {shown}")
+    if settings.trains or settings.adapter == "none" or own_data:
+        metrics = {**measured(run, model, tokenizer, held_out), "log": metrics["log"]}
+    shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name != "log"]
+    print(f"  held-out rollouts: {', '.join(shown)}")
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     facts = {
         "llm": run.llm, "world": run.world.name, "data": own_data, "seed": run.seed, "steps": steps,
-        "rollouts": (len(real), len(held_out)), **settings.facts(), **model.facts(),
+        "rollouts": (len(real), len(held_out)), "tasks": settings.task_names, "batch_size": batch,
+        "adapter": None if settings.adapter == "none" else settings.adapter, **model.facts(),
     }  # fmt: skip
     with folder.replacing(run.folder / "grounded") as aside:
         grounded.save_grounded(aside, model, tokenizer, metrics, with_adapter=settings.trains)
@@ -269,7 +271,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
         run.say(f"    {name}: {', '.join(counts)}")
 
     trained_texts = [record["goal"] for record in real]
-    other_texts = [goal.text for level in goals.values() for goal in level]
+    other_texts = [goal.text for goal in sum(goals.values(), [])]
     other_texts += [record["goal"] for record in held_out]
     table = rl.GoalTable.encode(
         trained_texts, other_texts, *run.load_encoder(settings.encoder, settings.encoder_layers)
@@ -317,9 +319,8 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     goals = run.goals_to_evaluate(settings.episodes)
     episodes = sum(goals.values(), [])
     level_of_episode = np.repeat(list(goals), settings.episodes)
-    starts = []
-    for number in range(learned.seeds):
-        starts.append(env.unfulfilled_states(run.world, run.rng(7, number), episodes))
+    rngs = [run.rng(7, number) for number in range(learned.seeds)]
+    starts = [env.unfulfilled_states(run.world, rng, episodes) for rng in rngs]
     jobs = []
     for method in learned.method_list:
         policies = 1 if method == rl.LLM else learned.seeds
@@ -328,22 +329,24 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     model = run.load_grounded()
     rates = []
     for method, number in jobs[state.process_index :: state.num_processes]:
-        start = starts[number]
-        records = play(run, method, number, episodes, start, table, model, settings.episode_steps)
+        acting = (table, model, settings.episode_steps)
+        records = play(run, method, number, episodes, starts[number], *acting)
         won = np.array([record["success"] for record in records])
         by_level = {level: float(won[level_of_episode == level].mean()) for level in goals}
         rates.append((method, number, by_level))
     rates = sorted(gather_object(rates), key=lambda rate: rate[1])
     if not state.is_main_process:
         return
-    success = {}
-    for method in learned.method_list:
-        success[method] = {}
+    success = {method: {} for method in learned.method_list}
+    for method, levels in success.items():
         for level in goals:
             of_seeds = [by_level[level] for name, _, by_level in rates if name == method]
-            count = settings.episodes * len(of_seeds)
             cell = {"mean": float(np.mean(of_seeds)), "std": float(np.std(of_seeds))}
-            success[method][level] = {**cell, "seeds": of_seeds, "episodes": count}
+            levels[level] = {
+                **cell,
+                "seeds": of_seeds,
+                "episodes": settings.episodes * len(of_seeds),
+            }
     grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
     del grounding["log"]
     imagination = folder.read_json(run.folder / "quality.json")
@@ -352,10 +355,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
 
 
 def play(run, method, seed_index, goals, starts, table, model, max_steps) -> list[dict]:
-    """Episodes of a method in the world, one a goal and start (B, state_dim): rollout records.
-
-    table: rl.GoalTable; model: (KalmForRollouts, tokenizer).
-    """
+    """Episodes of a method, one a goal and start (B, state_dim). model: with its tokenizer."""
     if method == rl.LLM:
         obs = run.world.observe(starts)
         options = {"states": starts, "max_steps": max_steps, "description": "the LLM as policy"}
@@ -369,7 +369,7 @@ def play(run, method, seed_index, goals, starts, table, model, max_steps) -> lis
 
 
 # ----------------------------------------------------------------------------------------------
-# Stage 6: report; and one try at a goal of one's own
+# Stage 6: report; then act, one try at a goal of one's own
 
 
 def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
@@ -494,8 +494,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     if not todo:
         run.say("nothing to do: every stage is done and unchanged (--force redoes them)")
         if "evaluate" in manifest.stages:
-            results = folder.read_json(run.folder / "results.json")
-            run.say("\n".join(report.results_table(results)))
+            run.say("\n".join(report.results_table(folder.read_json(run.folder / "results.json"))))
 
 
 if __name__ == "__main__":

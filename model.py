@@ -426,9 +426,8 @@ class KalmForRollouts(PreTrainedModel):
             theirs = getattr(model.config.backbone_config.get_text_config(), name, None)
             ours = getattr(llm.config.get_text_config(), name, None)
             if theirs != ours:
-                raise ValueError(
-                    f"{folder} was made for a language model with {name} {theirs}, and this one has {ours}"
-                )
+                made_for = f"{folder} was made for a language model with {name} {theirs}"
+                raise ValueError(f"{made_for}, and this one has {ours}")
         model._copy_backbone(llm)
         tensors = load_file(folder / "new_layers.safetensors")
         for name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -460,7 +459,7 @@ class KalmForRollouts(PreTrainedModel):
         lora_config(self.config.lora_rank).save_pretrained(folder)
         self.config.save_pretrained(folder)
 
-    def merge_adapters(self):
+    def merge_adapters(self) -> "KalmForRollouts":
         """Add LoRA's products to the weights they adapt, in place: the same function, faster.
         Returns self.
         """

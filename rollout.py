@@ -308,10 +308,8 @@ class ImagineArguments:
     def novel_goals_of(self, world: env.World, seed: int) -> dict[str, list[env.Goal]]:
         """The novel goals by level, from the file or built in. Raises ValueError for bad ones."""
         if self.candidates > world.num_actions or self.step_candidates > world.num_actions:
-            raise ValueError(
-                f"--candidates and --step_candidates are at most {world.num_actions}, the number of "
-                f"actions in {world.name}"
-            )
+            actions = f"{world.num_actions}, the number of actions in {world.name}"
+            raise ValueError(f"--candidates and --step_candidates are at most {actions}")
         if self.goals:
             goals = env.by_level(env.read_goals(self.goals, world))
             if "offline" in goals:

@@ -27,9 +27,6 @@ NOTES = {  # what is said of the rollouts of a recording that needed it
     "completed": "in {} the state after the last action was not recorded and is the physics'",
 }
 
-# ----------------------------------------------------------------------------------------------
-# Reading
-
 
 def read(
     path: str | Path, world: env.World, seed: int = 0
@@ -69,7 +66,7 @@ def _recordings(path, world, seed):
                 "no recording; give a rollouts dataset folder, a Minari dataset folder or a file "
                 f"of arrays ({suffixes})"
             )
-        return padded.recordings_of(recordings.arrays_of(path), world, seed)
+        return padded.recordings_of(recordings.arrays_of(path), seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -82,7 +79,7 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
     """Rollouts to learn from: those of a recording that fulfil their goal, and a sentence on them.
 
     Raises ValueError as `read` does, and for what offline data cannot have: novel goals, rollouts
-    longer than an episode, numbers that no observation has, fewer than LEAST that fulfil their goal.
+    longer than an episode, observations out of reach, fewer than LEAST that fulfil their goal.
     """
     records, notes = read(path, world, seed)
     known = world.sample_goals("offline", "train", 100, np.random.default_rng(0))
@@ -99,7 +96,7 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
                 raise ValueError(
                     f"actions has {steps} steps; an episode has at most {world.max_steps}"
                 )
-            padded.check_reach(record["observations"], world)
+            _check_reach(record["observations"], world)
         except ValueError as error:
             raise ValueError(f"{path}, row {row}: {error}") from None
     kept = [record for record in records if record["success"]]
@@ -131,18 +128,18 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     """The rollout record of a recording, which ends with its first success, and its NOTES.
 
     recording: goal (a Goal, or a dict of `goal` and perhaps `level`, `kind`, `relations` as JSON
-    text), observations (T+1, D or more), actions (T,), and where known rewards (T,),
-    terminals (T,), states (T+1, S), imagined, explanation, dynamics_error (T,), completed.
+    text and `code`, numbers), observations (T+1, D or more) or (T, ...) with next_observations or
+    without, actions (T,), and where known rewards (T,), terminals (T,), states (T+1, S), imagined,
+    explanation, dynamics_error (T,).
     """
     goal = recording["goal"]
     if isinstance(goal, dict):
         goal = _goal_of_texts(goal, world)
     imagined = bool(recording.get("imagined", False))
     actions = whole_actions(recording["actions"], world.num_actions)
-    shape = (len(actions) + 1, world.observation_dim)
-    seen = numbers("observations", recording["observations"], shape, longer=True)
-    transitions = world.encode_goals([goal] * len(actions)), seen[:-1], seen[1:], actions
-    met = world.success(*transitions, imagined)
+    seen, is_completed = _observations(recording, actions, world)
+    encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
+    met = world.success(encoded, seen[:-1], seen[1:], actions, imagined)
     steps = int(met.argmax()) + 1 if met.any() else len(actions)
     states = recording.get("states")
     if np.shape(states) == (len(seen), world.state_dim) and not is_unknown(states):
@@ -161,13 +158,41 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     if recording.get("explanation"):
         record["explanation"] = recording["explanation"].replace("\0", "\ufffd")
     rollouts.check_record(record, world)
-    notes = ["completed"] * recording.get("completed", False)
     off = np.abs(recorded["rewards"] - record["rewards"]) > REWARD_TOLERANCE
-    if off.any() or ((recorded["terminals"] != 0) != met[:steps]).any():
-        notes.append("contradicted")
-    if steps < len(met):
-        notes = [note for note in notes if note != "completed"] + ["cut"]
-    return record, notes
+    is_contradicted = off.any() or ((recorded["terminals"] != 0) != met[:steps]).any()
+    is_cut = steps < len(met)
+    found = {
+        "completed": is_completed and not is_cut,
+        "contradicted": is_contradicted,
+        "cut": is_cut,
+    }
+    return record, [note for note in NOTES if found[note]]
+
+
+def _observations(recording, actions, world):
+    """(observations (T+1, D) float32, whether the last was not recorded and is the physics')."""
+    seen = recording["observations"]
+    shape = (len(actions), world.observation_dim)
+    if np.shape(seen)[:1] != shape[:1]:
+        shape = (shape[0] + 1, shape[1])
+        return numbers("observations", seen, shape, longer=True), False
+    before = numbers("observations", seen, shape, longer=True)
+    following = recording.get("next_observations")
+    if following is None:
+        _check_reach(before, world)
+        last = world.state_from_observation(before[-1:])
+        after = world.observe(world.step_batch(last, actions[-1:]))
+    else:
+        after = numbers("next_observations", following, shape, longer=True)
+        if (np.abs(after[:-1] - before[1:]) > 1e-4).any():
+            raise ValueError("next_observations of a step are not the observations of the next")
+    return np.concatenate([before, after[-1:]]), following is None
+
+
+def _check_reach(observations, world):
+    reach, limit = np.abs(observations).max(), world.observation_limit
+    if reach > limit:
+        raise ValueError(f"observations reach {reach:.3g}; in this world none is beyond {limit:g}")
 
 
 def _goal_of_texts(texts, world):

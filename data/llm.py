@@ -108,7 +108,9 @@ def check_hub(name: str, option: str) -> None:
 
 
 def read_config(name: str) -> transformers.PreTrainedConfig:
-    """The configuration of a model that transformers knows; code that its folder has is never run."""
+    """The configuration of a model that transformers knows; code that its folder has is never
+    run.
+    """
     parent, file = os.path.split(os.path.abspath(name))
     try:
         if is_gguf(name):
@@ -293,7 +295,9 @@ def forget_layers(llm: PreTrainedModel, count: int, seed: int = 0) -> None:
 
 
 def tiny(texts: Sequence[str], seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random two-layer Llama whose tokens are the words of texts: for tests, needs no download."""
+    """A random two-layer Llama whose tokens are the words of texts: for tests, needs no
+    download.
+    """
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.Metaspace(), tokenizers.pre_tokenizers.Punctuation()]

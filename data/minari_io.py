@@ -110,16 +110,12 @@ def _recording(episode, told):
     }
 
 
-def write_minari(
-    path: Path, records: Sequence[dict], world: env.World, data_format: str = "hdf5"
-) -> None:
-    """Records as a Minari dataset folder whose name ends in -v0.
+def write_minari(path: Path, records: Sequence[dict], world: env.World) -> None:
+    """Records as a Minari dataset folder (HDF5) whose name ends in -v0.
 
     Minari finds it as FOLDER/NAME-v0 below $MINARI_DATASETS_PATH, and recovers the environment.
     """
     minari = package()
-    Storage = minari.dataset.minari_storage.MinariStorage
-    EpisodeBuffer = minari.data_collector.EpisodeBuffer
     face = env.WorldEnv(world)
     spec = EnvSpec(
         id=f"KALM/{type(world).__name__}-v0",
@@ -128,10 +124,12 @@ def write_minari(
     )
     with folder.replacing(path) as aside:
         aside.mkdir()
-        storage = Storage.new(
-            aside / "data", face.observation_space, face.action_space, spec, data_format
+        storage = minari.dataset.minari_storage.MinariStorage.new(
+            aside / "data", face.observation_space, face.action_space, spec, "hdf5"
         )
-        storage.update_episodes(EpisodeBuffer(**fields) for fields in _episodes(records, world))
+        storage.update_episodes(
+            minari.data_collector.EpisodeBuffer(**_episode(record)) for record in records
+        )
         storage.update_metadata(
             {
                 "dataset_id": f"{path.parent.name}/{path.name}",
@@ -142,42 +140,29 @@ def write_minari(
         )
 
 
-def _episodes(records, world):
-    """The fields of Minari episodes, all with the same infos. They terminate with success, or are
-
-    truncated.
-    """
-    optional = {
-        name for record in records for name in rollouts.OPTIONAL if record.get(name) is not None
+def _episode(record):
+    """The fields of a Minari episode. It terminates with success, or is truncated."""
+    steps = len(record["actions"])
+    last = np.arange(steps) == steps - 1
+    told = {
+        "goal": record["goal"],
+        "level": record["level"],
+        "kind": record["kind"],
+        "relations": json.dumps(record["relations"]),
+        "explanation": record.get("explanation") or "",
+        "imagined": rollouts.is_imagined(record),
     }
-    for record in records:
-        steps = len(record["actions"])
-        last = np.arange(steps) == steps - 1
-        texts = {
-            "goal": record["goal"],
-            "level": record["level"],
-            "kind": record["kind"],
-            "relations": json.dumps(record["relations"]),
-            "imagined": rollouts.is_imagined(record),
-        }
-        if "explanation" in optional:
-            texts["explanation"] = record.get("explanation") or ""
-        infos = {name: [value] * (steps + 1) for name, value in texts.items()}
-        infos["success"] = [False, *(last & record["success"]).tolist()]
-        if "states" in optional:
-            unknown = np.full((steps + 1, world.state_dim), np.nan)
-            infos["state"] = unknown if record["states"] is None else record["states"]
-        if "dynamics_error" in optional:
-            errors = record.get("dynamics_error")
-            infos["dynamics_error"] = [
-                np.nan,
-                *(np.full(steps, np.nan) if errors is None else errors).tolist(),
-            ]
-        yield {
-            "observations": record["observations"],
-            "actions": record["actions"],
-            "rewards": record["rewards"],
-            "terminations": last & record["success"],
-            "truncations": last & (not record["success"]),
-            "infos": infos,
-        }
+    infos = {name: [value] * (steps + 1) for name, value in told.items()}
+    infos["success"] = [False, *(last & record["success"]).tolist()]
+    if record.get("states") is not None:
+        infos["state"] = record["states"]
+    if record.get("dynamics_error") is not None:
+        infos["dynamics_error"] = [np.nan, *record["dynamics_error"].tolist()]
+    return {
+        "observations": record["observations"],
+        "actions": record["actions"],
+        "rewards": record["rewards"],
+        "terminations": last & record["success"],
+        "truncations": last & (not record["success"]),
+        "infos": infos,
+    }

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-import env
 from data import rollouts
-from data.recordings import PER_ROLLOUT, PER_STEP, Refused, numbers, text_of, whole_actions
+from data.recordings import PER_ROLLOUT, PER_STEP, Refused, numbers, text_of
 from experiment import folder
 
 
-def recordings_of(arrays: dict[str, np.ndarray], world: env.World, seed: int) -> Iterator[dict]:
+def recordings_of(arrays: dict[str, np.ndarray], seed: int) -> Iterator[dict]:
     """Rows of a dict of arrays as recordings (`formats.judged`); `masks` says which steps are real.
 
     seed: draws one of several instructions. Raises ValueError that names the field.
@@ -38,17 +37,17 @@ def recordings_of(arrays: dict[str, np.ndarray], world: env.World, seed: int) ->
         elif array.dtype.hasobject:
             raise Refused(f"{name} must be numbers, got type object")
         if name in ("observations", "states"):
-            wanted.append((shape[0], shape[1] + 1))  # with the state after the last action
+            wanted.append((shape[0], shape[1] + 1))  # with what follows the last action
         if begin not in wanted:
             raise Refused(
                 f"{name} has shape {array.shape}, masks {shape}; both begin with rollouts, steps"
             )
     rng = np.random.default_rng(seed)
     rows = range(shape[0])
-    return (_row({name: arrays[name][row] for name in arrays}, world, rng) for row in rows)
+    return (_recording({name: arrays[name][row] for name in arrays}, rng) for row in rows)
 
 
-def _row(fields, world, rng):
+def _recording(fields, rng):
     mask = numbers("masks", fields["masks"], (None,))
     steps = int((mask != 0).sum())
     if not np.isin(mask, (0, 1)).all() or (mask[:steps] == 0).any():
@@ -59,29 +58,18 @@ def _row(fields, world, rng):
             goal[name] = text_of(name, fields[name])
     if "goals" in fields:
         goal["code"] = numbers("goals", fields["goals"], (None, None))
-    recording = {"goal": goal, "imagined": bool(numbers("imagined", fields.get("imagined", 0), ()))}
-    for name in ("actions", "rewards", "terminals", "dynamics_error"):
-        if name in fields:
-            recording[name] = fields[name][:steps]
-    if "states" in fields:
-        recording["states"] = fields["states"][: steps + 1]
+    recording = {"goal": goal}
+    if "imagined" in fields:
+        recording["imagined"] = bool(numbers("imagined", fields["imagined"], ()))
     if "explanations" in fields:
         recording["explanation"] = text_of("explanations", fields["explanations"])
-    seen = fields["observations"]
-    if len(seen) > len(mask) or steps == 0:
-        return {**recording, "observations": seen[: steps + 1]}
-    before = numbers("observations", seen[:steps], (steps, world.observation_dim), longer=True)
-    if "next_observations" in fields:
-        seen = fields["next_observations"][:steps]
-        after = numbers("next_observations", seen, before.shape, longer=True)
-        if (np.abs(after[:-1] - before[1:]) > 1e-4).any():
-            raise Refused("next_observations of a step are not the observations of the next")
-    else:
-        check_reach(before, world)
-        last = whole_actions(fields["actions"][:steps], world.num_actions)[-1:]
-        after = world.observe(world.step_batch(world.state_from_observation(before[-1:]), last))
-        recording["completed"] = True
-    return {**recording, "observations": np.concatenate([before, after[-1:]])}
+    for name in ("actions", "rewards", "terminals", "dynamics_error", "next_observations"):
+        if name in fields:
+            recording[name] = fields[name][:steps]
+    for name in ("observations", "states"):
+        if name in fields:
+            recording[name] = fields[name][: steps + len(fields[name]) - len(mask)]
+    return recording
 
 
 def _draw(texts, rng):
@@ -93,41 +81,32 @@ def _draw(texts, rng):
     return text_of("instructions", texts[rng.integers(len(texts))])
 
 
-def check_reach(observations: np.ndarray, world: env.World) -> None:
-    """Raise ValueError where observations are beyond what the world can show."""
-    reach, limit = np.abs(observations).max(), world.observation_limit
-    if reach > limit:
-        raise ValueError(f"observations reach {reach:.3g}; in this world none is beyond {limit:g}")
-
-
 def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:
     """Records as a dict of arrays, padded to the longest rollout.
 
     Observations end in the goal text's encoding, if there is one.
     """
+    texts = [record["goal"] for record in records]
+    encodings = np.zeros((len(records), 0), np.float32)
+    if encode is not None:
+        encodings = np.asarray(encode(texts), np.float32)
     lengths = np.array([len(record["actions"]) for record in records])
-    count, steps = len(records), lengths.max()
-    place = np.arange(steps)
+    steps = int(lengths.max())
+    left = lengths[:, None] - np.arange(steps)  # steps to the end; the last step has one
     success = np.array([record["success"] for record in records])
     fields = {
-        "actions": _padded(records, "actions", steps),
-        "rewards": _padded(records, "rewards", steps),
-        "masks": (place < lengths[:, None]).astype(np.int32),
-        "terminals": (place == lengths[:, None] - 1) & success[:, None],
-        "instructions": np.array([record["goal"] for record in records]),
+        "masks": (left > 0).astype(np.int32),
+        "terminals": (left == 1) & success[:, None],
+        "instructions": np.array(texts),
         "level": np.array([record["level"] for record in records]),
         "kind": np.array([record["kind"] for record in records]),
         "relations": np.array([json.dumps(record["relations"]) for record in records]),
         "imagined": np.array([rollouts.is_imagined(record) for record in records]),
+        "explanations": np.array([record.get("explanation") or "" for record in records]),
     }
-    if any(record.get("states") is not None for record in records):
-        fields["states"] = _padded(records, "states", steps + 1)
-    if any(record.get("explanation") is not None for record in records):
-        fields["explanations"] = np.array([record.get("explanation") or "" for record in records])
-        fields["dynamics_error"] = _padded(records, "dynamics_error", steps)
-    encodings = np.zeros((count, 0), np.float32)
-    if encode is not None:
-        encodings = np.asarray(encode([record["goal"] for record in records]), np.float32)
+    for name in ("actions", "rewards", "states", "dynamics_error"):
+        if any(record.get(name) is not None for record in records):
+            fields[name] = _padded(records, name, steps + (name == "states"))
     with folder.replacing(path) as aside:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in fields.items():

@@ -278,7 +278,8 @@ def _array(data, dtype, shape, order="C"):
         return _finished(data[0]) if shape == () else _as_array("of objects", data).reshape(shape)
     if isinstance(data, str):
         data = data.encode("latin1")  # Python 2 wrote bytes as text
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.value.itemsize != len(data):
+    size = math.prod(shape[:32]) * dtype.value.itemsize
+    if min(shape, default=0) < 0 or len(shape) > 32 or size != len(data):
         raise Refused(f"the pickle has {len(data)} bytes for {shape} of {dtype.value}; refused")
     return np.frombuffer(data, dtype.value).reshape(shape, order=order)
 

@@ -70,7 +70,8 @@ def relabel(
 ) -> list[dict]:
     """Real rollouts for novel goals that they happen to fulfil, spread evenly over those goals.
 
-    Of `pool` records, count new ones are made, or as many as there are. They are cut where they first
+    Of `pool` records, count new ones are made, or as many as there are. They are cut where they
+    first
     fulfil the goal; one-step goals, judged by the action as in the world, take that step alone.
     """
     chosen = [records[row] for row in rng.permutation(len(records))[:pool]]

@@ -45,6 +45,18 @@ class LogLines(TrainerCallback):
             folder.append_json(self.path, **state.log_history[-1])
 
 
+def last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that is whole: the Trainer writes the state, a JSON file, last."""
+    found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    for checkpoint in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            folder.read_json(checkpoint / "trainer_state.json")
+        except ValueError:
+            continue
+        return str(checkpoint)
+    return None
+
+
 @contextlib.contextmanager
 def curve(logs: Path, name: str, trackers: Sequence[str]) -> Iterator[Callable[[int, float], None]]:
     """A function log(step, loss) that appends to LOGS/NAME.jsonl, begun anew, and tells

@@ -175,9 +175,12 @@ def cases(folder, world, rng):
     valid = [folder / "valid"]
     rollouts.write_rollouts(valid[0], records)
     has_minari = importlib.util.find_spec("minari")
-    for data_format in ("hdf5", "arrow", "parquet") if has_minari else ():
-        valid.append(folder / f"{data_format}-v0")
-        minari_io.write_minari(valid[-1], records, world, data_format)
+    if has_minari:
+        valid.append(folder / "hdf5-v0")
+        minari_io.write_minari(valid[-1], records, world)
+        for data_format in ("arrow", "parquet"):
+            episodes = list(minari_io.package().MinariDataset(valid[1] / "data"))
+            valid.append(store(folder / data_format, world, episodes, data_format=data_format))
     while True:
         kind = KINDS[rng.integers(len(KINDS))]
         path, read = folder / f"case.{kind[:3]}", formats.read
@@ -217,6 +220,28 @@ def cases(folder, world, rng):
             else:
                 file.write_bytes(mutate_bytes(file.read_bytes(), rng))
         yield kind, read, path
+
+
+def store(path, world, episodes, observation_space=None, data_format="hdf5"):
+    """Episodes, objects with the fields of Minari's, through Minari's own storage."""
+    minari = minari_io.package()
+    face = env.WorldEnv(world)
+    path.mkdir()
+    spaces = observation_space or face.observation_space, face.action_space
+    data = minari.dataset.minari_storage.MinariStorage.new(path / "data", *spaces, data_format=data_format)
+    fields = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
+    for episode in episodes:
+        told = {name: getattr(episode, name) for name in fields}
+        if data_format != "hdf5":  # there a text is a text, and an array has two axes
+            told["infos"] = {k: v if np.ndim(v) > 1 else texts(v) for k, v in told["infos"].items()}
+        data.update_episodes([minari.data_collector.EpisodeBuffer(**told)])
+    data.update_metadata({"dataset_id": "kalm/theirs-v0", "minari_version": minari.__version__})
+    return path
+
+
+def texts(values):
+    """A list of plain values, of what HDF5 gives for it."""
+    return [v.decode() if isinstance(v, bytes) else v for v in np.asarray(values).tolist()]
 
 
 def arrays_only(fields):
@@ -272,7 +297,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kept = tempfile.mkdtemp(prefix="kalm-fuzz-")
-    import faulthandler; faulthandler.dump_traceback_later(60, exit=True)
     with tempfile.TemporaryDirectory() as work, np.errstate(all="ignore"):
         count, accepted, findings = fuzz(options.seconds, options.seed, work, env.make(), kept)
     print(f"{count} cases, {accepted} of them read, {len(findings)} findings", *findings[:50], f"files of findings: {kept}", sep="\n")

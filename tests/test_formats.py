@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from fuzz import arrays_only, authors_layout, fuzz, npy, npz, plain_npy, write_hdf5
+from fuzz import arrays_only, authors_layout, fuzz, npy, npz, plain_npy, store, write_hdf5
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ from data.rollouts import FEATURES, read_rollouts, write_rollouts
 AUTHORS = ROOT.parent / "shared" / "reference" / "clevr_robot_40.npy"
 needs_recording = pytest.mark.skipif(not AUTHORS.is_file(), reason="the authors' recordings are not here")
 needs_minari = pytest.mark.skipif(not importlib.util.find_spec("minari"), reason="minari is not installed")
-FORMATS = ["npz", "own", *(["hdf5", "arrow", "parquet"] if importlib.util.find_spec("minari") else [])]
+FORMATS = ["npz", "own", *(["minari"] if importlib.util.find_spec("minari") else [])]
 
 
 def write(path, content):
@@ -46,7 +46,7 @@ def write_as(data_format, path, records, world):
     elif data_format == "own":
         write_rollouts(path, records)
     else:
-        minari_io.write_minari(path, records, world, data_format)
+        minari_io.write_minari(path, records, world)
     return path
 
 
@@ -620,17 +620,6 @@ class Record:
                 self.infos[key].append(value)
 
 
-def store(path, world, episodes, observation_space=None, data_format="hdf5"):
-    """Episodes through Minari's own storage."""
-    minari = minari_io.package()
-    face = env.WorldEnv(world)
-    path.mkdir()
-    data = minari.dataset.minari_storage.MinariStorage.new(path / "data", observation_space or face.observation_space, face.action_space, data_format=data_format)
-    data.update_episodes([minari.data_collector.EpisodeBuffer(**vars(episode)) for episode in episodes])
-    data.update_metadata({"dataset_id": "a/b-v0", "minari_version": "0.5.3"})
-    return path
-
-
 @needs_minari
 @pytest.mark.parametrize("data_format", ("hdf5", "arrow", "parquet"))
 def test_what_minari_records_of_our_environment_is_read_with_goals_that_no_sentence_tells(world, tmp_path, data_format):
@@ -712,7 +701,7 @@ def test_minari_data_in_other_files_or_too_large_is_refused(world, rollouts, tmp
         "huge": lambda e: e.create_dataset("observations", (2**40, 10), "f4", chunks=(1024, 10)),
     }
     for name, change in changes.items():
-        path = write_as("hdf5", tmp_path / name, rollouts[:3], world)
+        path = write_as("minari", tmp_path / name, rollouts[:3], world)
         with h5py.File(path / "data" / "main_data.hdf5", "a") as file:
             del file["episode_2/observations"]
             change(file["episode_2"])
@@ -731,7 +720,7 @@ def test_a_folder_whose_metadata_are_not_minaris_is_refused(world, tmp_path, con
 
 @needs_minari
 def test_an_environment_that_metadata_name_is_not_made(world, rollouts, tmp_path):
-    path = write_as("hdf5", tmp_path, rollouts[:3], world) / "data" / "metadata.json"
+    path = write_as("minari", tmp_path, rollouts[:3], world) / "data" / "metadata.json"
     metadata = json.loads(path.read_text())
     del metadata["observation_space"]  # Minari would then import and call the entry point
     metadata["env_spec"] = metadata["env_spec"].replace("env:WorldEnv", "test_formats:boom")
