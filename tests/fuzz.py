@@ -55,7 +55,9 @@ def authors_layout(records, steps, texts=3):
         arrays["goals"][row, :, COLORS.index(ball)] = 1
         arrays["goals"][row, :, COLORS.index(other)] = 2
         arrays["goals"][row, :, 5] = DIRECTIONS.index(direction)
-    arrays["instructions"] = np.array([[f"{r['goal']} ({i})" for i in range(texts)] for r in records])
+    arrays["instructions"] = np.array(
+        [[f"{r['goal']} ({i})" for i in range(texts)] for r in records]
+    )
     return {"num_trajectories": count, **arrays}
 
 
@@ -93,7 +95,9 @@ def mutate_bytes(data, rng):
             at = min(at, int(rng.integers(400)))  # headers are at the start
         match rng.integers(6):
             case 0:
-                data[at : at + 1] = bytes(b ^ (1 << int(rng.integers(8))) for b in data[at : at + 1])
+                data[at : at + 1] = bytes(
+                    b ^ (1 << int(rng.integers(8))) for b in data[at : at + 1]
+                )
             case 1:
                 del data[at : at + length]
             case 2:
@@ -111,7 +115,21 @@ def mutate_bytes(data, rng):
 def mutate_arrays(arrays, rng):
     """The dict with one or two fields of another shape, type or content, under another name, or gone."""
     arrays = dict(arrays)
-    strange = [np.nan, np.inf, -1, 40, 2**62, 1e300, 0.5, "", "red ball left of blue", b"\xff\xfe", None, True, [["a"], "b"]]
+    strange = [
+        np.nan,
+        np.inf,
+        -1,
+        40,
+        2**62,
+        1e300,
+        0.5,
+        "",
+        "red ball left of blue",
+        b"\xff\xfe",
+        None,
+        True,
+        [["a"], "b"],
+    ]
     for _ in range(rng.integers(1, 3)):
         name = list(arrays)[rng.integers(len(arrays))]
         value = arrays[name] if isinstance(arrays[name], list) else np.array(arrays[name])
@@ -127,12 +145,16 @@ def mutate_arrays(arrays, rng):
             case 3:
                 kind = ["U3", "S3", "f2", "i1", "u8", "f8", "?", "U200"][rng.integers(8)]
                 is_number = value.dtype.kind in "biuf"
-                arrays[name] = value.astype(kind, casting="unsafe") if is_number else value.astype("S40")
+                arrays[name] = (
+                    value.astype(kind, casting="unsafe") if is_number else value.astype("S40")
+                )
             case 4:
                 arrays[name] = strange[rng.integers(len(strange))]
             case 5 if value.size and value.dtype.kind in "fiu":
                 value = value.astype(np.float64)
-                value.flat[rng.integers(value.size)] = [np.nan, np.inf, -1, 40, 1e300, 0.5][rng.integers(6)]
+                value.flat[rng.integers(value.size)] = [np.nan, np.inf, -1, 40, 1e300, 0.5][
+                    rng.integers(6)
+                ]
                 arrays[name] = value
             case 6:
                 arrays[recordings.FIELDS[rng.integers(len(recordings.FIELDS))]] = value
@@ -145,30 +167,69 @@ def mutate_arrays(arrays, rng):
 
 def mutate_json(record, rng):
     """A record, or a list of them, with a part of it replaced."""
-    strange = [None, True, -1, 1e999, "", "  ", "\u2028", "\0", [], {}, [[]], [None], {"red": 1}, "red"]
+    strange = [
+        None,
+        True,
+        -1,
+        1e999,
+        "",
+        "  ",
+        "\u2028",
+        "\0",
+        [],
+        {},
+        [[]],
+        [None],
+        {"red": 1},
+        "red",
+    ]
     strange += [["red", "blue", "left"], 10**30, "\ud800"]
     record = json.loads(json.dumps(record))
     place, key = record, list(record)[rng.integers(len(record))]
     while isinstance(place[key], (list, dict)) and place[key] and rng.random() < 0.7:
         place = place[key]
-        key = list(place)[rng.integers(len(place))] if isinstance(place, dict) else int(rng.integers(len(place)))
+        key = (
+            list(place)[rng.integers(len(place))]
+            if isinstance(place, dict)
+            else int(rng.integers(len(place)))
+        )
     place[key] = strange[rng.integers(len(strange))]
     return record
 
 
-KINDS = ("goals", "goals text", "npy", "npy fields", "npz", "npz member", "npz fields", "hdf5 fields", "folder")
+KINDS = (
+    "goals",
+    "goals text",
+    "npy",
+    "npy fields",
+    "npz",
+    "npz member",
+    "npz fields",
+    "hdf5 fields",
+    "folder",
+)
 
 
 def cases(folder, world, rng):
     """Endless (name, reader, path) of mutated files in a folder."""
     offline = world.sample_goals("offline", "train", 4, rng)
     starts = env.unfulfilled_states(world, rng, offline)
-    records = env.run_episodes(world, lambda obs, rows: rng.integers(40, size=len(rows)), offline, starts, 4)
+    records = env.run_episodes(
+        world, lambda obs, rows: rng.integers(40, size=len(rows)), offline, starts, 4
+    )
     arrays = authors_layout(records, 5, texts=2)
-    goals = [g.to_json() for level in env.NOVEL_LEVELS for g in world.sample_goals(level, "test", 12, rng)]
+    goals = [
+        g.to_json()
+        for level in env.NOVEL_LEVELS
+        for g in world.sample_goals(level, "test", 12, rng)
+    ]
     members = {name: np.asarray(value) for name, value in arrays.items()}
-    imagined = {k: v for k, v in members.items() if k not in ("goals", "next_observations", "terminals")}
-    imagined["instructions"] = np.array([f"Push the red ball {d} the blue ball" for d in DIRECTIONS])
+    imagined = {
+        k: v for k, v in members.items() if k not in ("goals", "next_observations", "terminals")
+    }
+    imagined["instructions"] = np.array(
+        [f"Push the red ball {d} the blue ball" for d in DIRECTIONS]
+    )
     padded.write_npz(folder / "ours.npz", records)
     with np.load(folder / "ours.npz") as file:
         ours = dict(file)
@@ -187,18 +248,33 @@ def cases(folder, world, rng):
         layout = (members, imagined, ours)[rng.integers(3)]
         if kind == "goals":
             path, read = folder / "case.jsonl", env.read_goals
-            lines = [json.dumps(mutate_json(goals[i], rng)) for i in rng.integers(len(goals), size=2)]
+            lines = [
+                json.dumps(mutate_json(goals[i], rng)) for i in rng.integers(len(goals), size=2)
+            ]
             path.write_bytes("\n".join(lines).encode())
         elif kind == "goals text":
             path, read = folder / "case.jsonl", env.read_goals
             lines = [json.dumps(goals[i]) for i in rng.integers(len(goals), size=3)]
             path.write_bytes(mutate_bytes("\n".join(lines).encode(), rng))
         elif kind == "npy":
-            path.write_bytes(mutate_bytes(npy(arrays if rng.random() < 0.5 else layout, int(rng.integers(6))), rng))
+            path.write_bytes(
+                mutate_bytes(
+                    npy(arrays if rng.random() < 0.5 else layout, int(rng.integers(6))), rng
+                )
+            )
         elif kind == "npy fields":
-            path.write_bytes(npy(mutate_arrays(arrays if rng.random() < 0.5 else layout, rng), int(rng.integers(6))))
+            path.write_bytes(
+                npy(
+                    mutate_arrays(arrays if rng.random() < 0.5 else layout, rng),
+                    int(rng.integers(6)),
+                )
+            )
         elif kind == "npz":
-            path.write_bytes(mutate_bytes(npz(layout, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[rng.integers(2)]), rng))
+            path.write_bytes(
+                mutate_bytes(
+                    npz(layout, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[rng.integers(2)]), rng
+                )
+            )
         elif kind == "npz member":
             name = list(layout)[rng.integers(len(layout))]
             path.write_bytes(npz({**layout, name: mutate_bytes(plain_npy(layout[name]), rng)}))
@@ -213,7 +289,11 @@ def cases(folder, world, rng):
             path = folder / "case"
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(valid[rng.integers(len(valid))], path)
-            files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".hdf5"]
+            files = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.is_file() and file.suffix != ".hdf5"
+            ]
             file = files[rng.integers(len(files))]
             if file.suffix == ".json" and rng.random() < 0.5:
                 file.write_text(json.dumps(mutate_json(json.loads(file.read_text()), rng)))
@@ -228,7 +308,9 @@ def store(path, world, episodes, observation_space=None, data_format="hdf5"):
     face = env.WorldEnv(world)
     path.mkdir()
     spaces = observation_space or face.observation_space, face.action_space
-    data = minari.dataset.minari_storage.MinariStorage.new(path / "data", *spaces, data_format=data_format)
+    data = minari.dataset.minari_storage.MinariStorage.new(
+        path / "data", *spaces, data_format=data_format
+    )
     fields = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
     for episode in episodes:
         told = {name: getattr(episode, name) for name in fields}
@@ -279,7 +361,11 @@ def fuzz(seconds, seed, folder, world, keep=None):
             accepted += 1
         except ValueError as error:
             said = str(error)
-            if "\n" in said or not said.startswith(str(path)) or not 20 < len(said) - len(str(path)) < 400:
+            if (
+                "\n" in said
+                or not said.startswith(str(path))
+                or not 20 < len(said) - len(str(path)) < 400
+            ):
                 found = f"unclear: {said!r}"
         except BaseException as error:
             found = f"{type(error).__name__}: {error}"
@@ -288,7 +374,9 @@ def fuzz(seconds, seed, folder, world, keep=None):
         if found:
             findings.append(f"case {count} ({kind}): {found}")
             if keep:
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(keep) / f"{count}.{path.name}")
+                (shutil.copytree if path.is_dir() else shutil.copy)(
+                    path, Path(keep) / f"{count}.{path.name}"
+                )
 
 
 if __name__ == "__main__":
@@ -299,5 +387,10 @@ if __name__ == "__main__":
     kept = tempfile.mkdtemp(prefix="kalm-fuzz-")
     with tempfile.TemporaryDirectory() as work, np.errstate(all="ignore"):
         count, accepted, findings = fuzz(options.seconds, options.seed, work, env.make(), kept)
-    print(f"{count} cases, {accepted} of them read, {len(findings)} findings", *findings[:50], f"files of findings: {kept}", sep="\n")
+    print(
+        f"{count} cases, {accepted} of them read, {len(findings)} findings",
+        *findings[:50],
+        f"files of findings: {kept}",
+        sep="\n",
+    )
     sys.exit(bool(findings))
