@@ -409,11 +409,11 @@ def goal_of(record: dict) -> Goal:
 
 
 class WorldEnv(gymnasium.Env):
-    """Any world with Gymnasium's interface; the goal is in info["goal"], as text.
+    """Any world with Gymnasium's interface; info has goal, level, kind, relations (JSON), state and
+    success at every step.
 
     world: a World, or its name as `make` takes it. reset options: "goal", a Goal (default: a random
-    training goal); "state", (state_dim,). info: goal, level, kind, relations (JSON), state and
-    success.
+    training goal); "state", a (state_dim,) state.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}

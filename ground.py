@@ -27,7 +27,7 @@ import env
 from data import finite
 from data.grounded import adapter_hashes
 from experiment.logs import LogLines, last_checkpoint
-from experiment.settings import at_least, setting
+from experiment.settings import absolute, at_least, setting
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
 # ----------------------------------------------------------------------------------------------
@@ -70,6 +70,7 @@ class GroundingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.run_name = self.run_name or "grounding"
+        self.adapter = absolute(self.adapter, "none", "released")
         self.remove_unused_columns = False  # examples are what the model takes
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
@@ -87,12 +88,12 @@ class GroundingArguments(transformers.TrainingArguments):
             )
         inside = Path(self.output_dir).resolve() / "grounded"
         if Path(self.adapter).resolve().is_relative_to(inside):
-            advice = "copy the adapter elsewhere, or give another --output_dir"
-            raise ValueError(f"--adapter {self.adapter}: ground would replace {inside}; {advice}")
+            replaced = f"--adapter {self.adapter}: ground would replace {inside}"
+            raise ValueError(f"{replaced}; copy it elsewhere, or give another --output_dir")
 
     @property
     def task_names(self) -> list[str]:
-        """Tasks to train on, as a list."""
+        """The tasks as a list."""
         return self.tasks.split(",")
 
     @property

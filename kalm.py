@@ -41,7 +41,7 @@ from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, logs, report
 from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
-from experiment.settings import SettingsParser, at_least, help_text, parse, setting
+from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
 from experiment.stages import Plan, Stage, do
 from ground import GroundingArguments, Tokenizer
 from model import KalmForRollouts
@@ -95,6 +95,7 @@ class CollectArguments:
     data: str = setting("", "your rollouts instead: a dataset folder, .npy, .npz or Minari")
 
     def __post_init__(self):
+        self.data = absolute(self.data)
         at_least(1, self, "train_goals", "rollouts_per_goal", "expert_steps")
 
     def inputs(self) -> dict[str, str]:

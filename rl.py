@@ -25,7 +25,7 @@ import env
 from data import finite
 from data.transitions import Batch, Buffer, GoalTable, encode_texts, sample_batch  # noqa: F401
 from experiment import folder
-from experiment.settings import at_least, setting
+from experiment.settings import absolute, at_least, setting
 
 # ----------------------------------------------------------------------------------------------
 # Networks and losses
@@ -277,6 +277,7 @@ class LearnArguments:
     rl_snapshot_steps: int = setting(RLConfig.snapshot_steps, "gradient steps between snapshots")
 
     def __post_init__(self):
+        self.encoder = absolute(self.encoder, "llm")
         at_least(1, self, "rl_steps", "rl_batch", "seeds", "rl_snapshot_steps")
         at_least(0, self, "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")

@@ -20,7 +20,7 @@ from data import finite
 from data.rollouts import read_rollouts, write_rollouts
 from data.sources import is_wanted
 from experiment import folder
-from experiment.settings import at_least, setting
+from experiment.settings import absolute, at_least, setting
 from ground import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
 from ground import rollout_positions as positions_of
 from model import ACTION, PAD, STATE, TEXT, KalmForRollouts
@@ -298,6 +298,7 @@ class ImagineArguments:
             raise ValueError(
                 f"--temperatures takes numbers from 0 on with commas, got {self.temperatures!r}"
             )
+        self.goals = absolute(self.goals)
         if self.goals and not Path(self.goals).is_file():
             raise ValueError(f"--goals {self.goals}: no such file")
 

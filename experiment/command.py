@@ -12,7 +12,7 @@ import torch
 import env
 from data import llm
 from data.grounded import adapter_folder
-from experiment.settings import setting
+from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import LearnArguments
 from rollout import ImagineArguments
@@ -39,6 +39,7 @@ class RunArguments:
     traceback: bool = setting(False, "show the traceback of an error")
 
     def __post_init__(self):
+        self.llm = absolute(self.llm, llm.DEFAULT, llm.TINY)
         acts = self.stage == ["act"]
         if bool(self.goal.strip()) != acts or ("act" in self.stage and not acts):
             raise ValueError(

@@ -1,9 +1,7 @@
-"""A run's folder: files written whole or not at all, what is done and from what, one process at a
-time.
+"""A run's folder: files written whole or not at all, and what is done from what.
 
 manifest.json lists the finished stages with their settings and the checksums of their files.
-Nothing here knows what a stage does or what its files mean; nothing here imports other parts of the
-project.
+Nothing here knows what a stage does or what files mean, nor imports other parts of the project.
 """
 
 import contextlib
@@ -19,18 +17,19 @@ from typing import Any
 
 import filelock
 
+LEFT_AT_ONCE = {".lock", "manifest.json.partial"}  # all that a run that was killed at once leaves
+UNFINISHED = "unfinished"
+
 # ----------------------------------------------------------------------------------------------
 # Files
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """`with replacing(path) as aside:` write a file or folder to `aside`; at the end it takes the
-    place of `path`.
+    """`with replacing(path) as aside:` write a file or folder there; then it takes path's place.
 
-    If the block fails or the process is killed, what was at `path` stays. A killed process may
-    leave `aside` behind,
-    which the next `replacing` deletes.
+    If the block fails or the process is killed, what was at `path` stays. What a killed process
+    leaves aside, the next `replacing` deletes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,22 +37,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     remove(aside)
     try:
         yield aside
-        _flush(aside)
-        if path.is_dir():
-            remove(
-                path
-            )  # a folder cannot be replaced in one step; its stage counts as undone without it
+        for file in [aside, *aside.rglob("*")]:
+            if file.is_file():
+                with open(file, "rb+") as stream:  # on the disk, not in memory alone
+                    os.fsync(stream.fileno())
+        if path.is_dir():  # cannot be replaced in one step: between two, its stage counts as undone
+            remove(path)
         os.replace(aside, path)
     finally:
         remove(aside)
-
-
-def _flush(path):
-    """Wait until a file, or all files of a folder, are on the disk and not in memory alone."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    for file in files:
-        with open(file, "rb+") as stream:
-            os.fsync(stream.fileno())
 
 
 def remove(path: Path) -> None:
@@ -76,9 +68,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, **entry) -> None:
-    """Append one JSON object, with the time (Unix, s), to a file of JSON lines that others may
-    follow.
-    """
+    """Append a JSON object, with the time (Unix, s), to a file of lines that others may follow."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": round(time.time(), 1), **entry}, ensure_ascii=False)
     with open(path, "a", encoding="utf-8") as file:
@@ -91,23 +81,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_room(folder: Path, needed: float, what: str) -> None:
-    """Raise OSError unless so many bytes are free where a folder is."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{what} writes about {needed / 1e6:.3g} MB to {folder}, where {free / 1e6:.3g} MB are "
-            "free; make room, or give another --output_dir"
-        )
-
-
 # ----------------------------------------------------------------------------------------------
 # The folder of a run
 
 
 class Manifest:
-    """manifest.json of a run: {stage: {fingerprint, run, settings, inputs, time_s, files}} of what
-    is done.
+    """manifest.json: {stage: {fingerprint, run, settings, inputs, time_s, files}} of what is done.
 
     Raises ValueError where the folder is a file, or has files but no manifest, or a broken one.
     """
@@ -123,12 +102,9 @@ class Manifest:
         """Take up what is in the file."""
         path = self.run / "manifest.json"
         if not path.is_file():
-            files = {file.name for file in self.run.glob("*")} - LEFT_AT_ONCE
-            if files:
-                raise ValueError(
-                    f"--output_dir {self.run} has files but no manifest.json, so it is not a KALM "
-                    "run; give a new folder"
-                )
+            if {file.name for file in self.run.glob("*")} - LEFT_AT_ONCE:
+                found = f"--output_dir {self.run} has files but no manifest.json"
+                raise ValueError(f"{found}, so it is not a KALM run; give a new folder")
             return
         try:
             self.stages = read_json(path)["stages"]
@@ -136,10 +112,8 @@ class Manifest:
                 for part in ("run", "settings", "files"):
                     record[part].items()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{path} is not a manifest of a KALM run as this code writes it; give another "
-                "--output_dir"
-            ) from None
+            problem = f"{path} is not a manifest of a KALM run as this code writes it"
+            raise ValueError(f"{problem}; give another --output_dir") from None
 
     def fingerprint(self, name: str, settings: dict, reads: Sequence[str]) -> str:
         """Hash of what a stage's result follows from: its settings, and the stages it reads."""
@@ -153,9 +127,11 @@ class Manifest:
         files = [self.run / file for file in record.get("files", {})]
         return record.get("fingerprint") == fingerprint and all(file.is_file() for file in files)
 
-    def begin(self, work: Path, anew: bool) -> None:
-        """Make the folder of what a stage has not finished. Those of other settings are deleted,
-        and with anew what an earlier try left in this one.
+    def begin(self, work: Path, anew: bool) -> float:
+        """Make the folder of what a stage has not finished; those of other settings, and with anew
+        its own content, are deleted. Returns the seconds that killed tries at this stage took.
+
+        A killed try lasted until the last file that it wrote: what came after is done again.
         """
         if not (self.run / "manifest.json").is_file():
             self._write()
@@ -163,6 +139,14 @@ class Manifest:
             if anew or other != work:
                 remove(other)
         work.mkdir(parents=True, exist_ok=True)
+        path = work / "tries.json"
+        earlier = 0.0
+        if path.is_file():
+            before = read_json(path)
+            last_write = max(file.stat().st_mtime for file in work.rglob("*"))
+            earlier = before["earlier"] + max(0.0, last_write - before["began"])
+        write_json(path, {"earlier": earlier, "began": time.time()})
+        return earlier
 
     def note(self, name: str, writes: Iterable[str]) -> None:
         """Note a finished stage with the checksums of what it wrote; what was unfinished goes."""
@@ -191,65 +175,31 @@ class Manifest:
                 elif sha256(path) != digest:
                     problem = "has changed"
                 if problem:
-                    raise ValueError(
-                        f"{self.run}: {file} {problem} since stage {name!r} wrote it; redo it with "
-                        f"`--stage {name} --force`"
-                    )
-
-
-LEFT_AT_ONCE = {".lock", "manifest.json.partial"}  # all that a run that was killed at once leaves
-UNFINISHED = "unfinished"
-
-
-def begin_stretch(work: Path) -> float:
-    """Note that work on an unfinished stage begins. Returns the seconds that earlier stretches of
-    it took.
-
-    A stretch that was killed lasted until the last file that it wrote: what came after is done
-    again.
-    """
-    path = work / "stretches.json"
-    earlier = 0.0
-    if path.is_file():
-        before = read_json(path)
-        last_write = max(file.stat().st_mtime for file in work.rglob("*") if file.is_file())
-        earlier = before["earlier"] + max(0.0, last_write - before["began"])
-    write_json(path, {"earlier": earlier, "began": time.time()})
-    return earlier
+                    what = f"{self.run}: {file} {problem} since stage {name!r} wrote it"
+                    raise ValueError(f"{what}; redo it with `--stage {name} --force`")
 
 
 @contextlib.contextmanager
 def locked(run: Path, mine: bool = True) -> Iterator[None]:
-    """Hold a run folder, made if need be, while the block runs. Raises ValueError if another
-    process holds it.
+    """Hold a run folder while the block runs. Raises ValueError if another process holds it.
 
-    The lock ends with the process, however it ends; a lock file left by a killed one is no
-    obstacle.
+    mine: else another process of this command holds it for all. The lock ends with the process; a
+    lock file left by a killed one is no obstacle.
     """
-    if not mine:  # another process of this command holds it for all
+    if not mine:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with filelock.FileLock(run / ".lock", timeout=0):
+            yield
     except filelock.Timeout:
-        raise ValueError(
-            f"{run} is in use by another process; wait for it, or give another --output_dir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-# ----------------------------------------------------------------------------------------------
-# A clean stop
+        in_use = f"{run} is in use by another process"
+        raise ValueError(f"{in_use}; wait for it, or give another --output_dir") from None
 
 
 def stop_cleanly() -> None:
-    """Let Ctrl-C end this process with exit code 130 and SIGTERM with 143, after a sentence and no
-    traceback.
+    """Let Ctrl-C end this process with exit code 130 and SIGTERM with 143, after one sentence.
 
     Nothing more is written then: every file is whole at any moment.
     """

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ def setting(default: Any, text: str, **metadata) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: [*default], metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+def absolute(value: str, *names: str) -> str:
+    """A path that holds from anywhere, where a value is one of a file or folder and no name."""
+    return value if value in ("", *names) or not Path(value).exists() else os.path.abspath(value)
 
 
 def at_least(least: float, settings: Any, *names: str) -> None:

@@ -59,9 +59,7 @@ class Plan:
         return {"run": shared, "settings": recorded(), "inputs": inputs()}
 
     def fingerprint(self, name: str) -> str:
-        """Hash of what a stage's result follows from; of an input its content counts, not its
-        name.
-        """
+        """Hash of what a stage's result follows from; an input counts by content, not by name."""
         record = self.record(name)
         counts = {**record["run"], **record["settings"], **record["inputs"]}
         return self.manifest.fingerprint(name, counts, self.stages[name].reads)
@@ -82,10 +80,9 @@ class Plan:
         for name in self.names:
             for needed in self.stages[name].reads:
                 if needed not in (*self.names, *self.manifest.stages):
-                    raise ValueError(
-                        f"stage {name!r} reads what stage {needed!r} writes, and "
-                        f"{self.manifest.run} has none; run `--stage {needed}` first"
-                    )
+                    lacks = f"stage {name!r} reads what stage {needed!r} writes, and "
+                    lacks += f"{self.manifest.run} has none"
+                    raise ValueError(f"{lacks}; run `--stage {needed}` first")
         for name in self.upstream():
             before = self.manifest.stages[name]
             wanted = self.record(name)
@@ -94,10 +91,10 @@ class Plan:
             pairs += [(key, before["settings"], wanted["settings"]) for key in named]
             for key, was, would_be in pairs:
                 if was.get(key) != would_be[key]:
-                    raise ValueError(
-                        f"stage {name!r} was run with --{key} {was.get(key)}, and this command has "
-                        f"{would_be[key]}; repeat that option, or name {name!r} in --stage too"
-                    )
+                    problem = f"stage {name!r} was run with --{key} {was.get(key)}, and this "
+                    problem += f"command has {would_be[key]}"
+                    advice = f"repeat that option, or name {name!r} in --stage too"
+                    raise ValueError(f"{problem}; {advice}")
 
     def upstream(self) -> list[str]:
         """Stages whose output those of this command follow from, directly or not, in order."""
@@ -140,8 +137,7 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
             print(f"{name} ...", flush=True)
             manifest.check_files(set(stage.reads) - set(todo[:number]))
             if stage.writes:
-                manifest.begin(work, anew=plan.force)
-                earlier = folder.begin_stretch(work)
+                earlier = manifest.begin(work, anew=plan.force)
         state.wait_for_everyone()
         transformers.set_seed(plan.shared["seed"])
         began = time.time()
@@ -169,14 +165,10 @@ def leave_records(plan: Plan, name: str) -> None:
         config |= record["settings"]
     with folder.replacing(run / "config.yaml") as aside:
         text = yaml.safe_dump({"stage": list(done), **config}, sort_keys=False, allow_unicode=True)
-        aside.write_text(CONFIG_HEAD + text, encoding="utf-8")
+        head = "# To repeat this run: kalm.py --config THIS_FILE --output_dir ANOTHER_FOLDER\n"
+        aside.write_text(head + text, encoding="utf-8")
     if name == "evaluate":
         seconds = {stage: done[stage]["time_s"] for stage in plan.stages if stage in done}
         seconds.pop("report", None)
         results = folder.read_json(run / "results.json")
         folder.write_json(run / "results.json", {**results, "time_s": seconds, "config": config})
-
-
-CONFIG_HEAD = (
-    "# To repeat this run: python kalm.py --config THIS_FILE --output_dir ANOTHER_FOLDER\n"
-)

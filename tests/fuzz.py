@@ -1,10 +1,10 @@
-"""Mutated files for the readers of goals and of foreign recordings: each must be read, or refused in one clear sentence.
+"""Mutated files for the readers: each must be read, or refused in one clear sentence.
 
     python tests/fuzz.py --seconds 600 --seed 0
 
-Anything but a ValueError that names the file in one line is a finding, and so is a case that takes more than 5 seconds. The
-file of each finding is kept. Bytes of HDF5 files are left alone: the HDF5 library itself, in C, runs for ever on some damaged
-heaps of texts, and nothing outside it can help.
+Anything but a ValueError that names the file in one line is a finding, and so is a case that takes
+more than 5 seconds. The file of each finding is kept. Bytes of HDF5 files are left alone: the HDF5
+library itself, in C, runs for ever on some damaged heaps of texts, and nothing outside can help.
 """
 
 import argparse
@@ -32,7 +32,7 @@ DIRECTIONS = ("behind", "left", "front", "right")
 
 
 def authors_layout(records, steps, texts=3):
-    """Records as the authors write them: a dict of arrays padded to so many steps, several instructions each."""
+    """Records as the authors write them: arrays padded to so many steps, several instructions."""
     count = len(records)
     arrays = {
         "observations": np.zeros((count, steps, 10), np.float32),
@@ -87,7 +87,7 @@ def npz(members, compression=zipfile.ZIP_STORED):
 
 
 def mutate_bytes(data, rng):
-    """One to four random changes: flipped, cut, repeated, inserted, set to the edges of integers, or the end lost."""
+    """One to four changes: flipped, cut, repeated, inserted, edges of integers, the end lost."""
     data = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         at, length = int(rng.integers(len(data) + 1)), int(rng.integers(1, 16))
@@ -113,7 +113,7 @@ def mutate_bytes(data, rng):
 
 
 def mutate_arrays(arrays, rng):
-    """The dict with one or two fields of another shape, type or content, under another name, or gone."""
+    """The dict with a field or two of another shape, type, content or name, or gone."""
     arrays = dict(arrays)
     strange = [
         np.nan,
@@ -349,12 +349,12 @@ def write_hdf5(path, fields):
 
 
 def fuzz(seconds, seed, folder, world, keep=None):
-    """Run mutated files for some seconds. Returns (cases, how many were read without an error, findings as texts)."""
+    """Run mutated files for some seconds. Returns (cases, how many were read, findings)."""
     rng, findings, count, accepted = np.random.default_rng(seed), [], 0, 0
+    mutated = cases(Path(folder), world, rng)
     end = time.monotonic() + seconds
-    for kind, read, path in cases(Path(folder), world, rng):
-        if time.monotonic() > end:
-            return count, accepted, findings
+    while time.monotonic() < end:
+        kind, read, path = next(mutated)
         count, started, found = count + 1, time.monotonic(), None
         try:
             read(path, world)
@@ -377,6 +377,7 @@ def fuzz(seconds, seed, folder, world, keep=None):
                 (shutil.copytree if path.is_dir() else shutil.copy)(
                     path, Path(keep) / f"{count}.{path.name}"
                 )
+    return count, accepted, findings
 
 
 if __name__ == "__main__":

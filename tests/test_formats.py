@@ -1,19 +1,15 @@
-"""Recordings from elsewhere: what is read, what is refused, that nothing in a file runs, and that what is written reads back."""
+"""Recordings from elsewhere: what is read, what is refused and in which words."""
 
 import importlib.util
-import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from fuzz import arrays_only, authors_layout, fuzz, npy, npz, plain_npy, write_hdf5
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import env
-import kalm
 from data import formats, minari_io, padded, recordings
-from data.rollouts import FEATURES, read_rollouts, write_rollouts
+from data.rollouts import FEATURES, write_rollouts
 
 AUTHORS = ROOT.parent / "shared" / "reference" / "clevr_robot_40.npy"
 needs_recording = pytest.mark.skipif(
@@ -49,7 +45,7 @@ def recorded(rollouts):
 
 
 def imaginebench_layout(rollouts, arrays):
-    """The same without goals: an encoding behind the observations, one plain sentence each, no next observations."""
+    """The same with an encoding behind the observations and a plain sentence, without goals."""
     triples = [r["relations"][0] for r in rollouts[: len(arrays["masks"])]]
     texts = [
         f"Push the {ball} ball to the {way} of the {other} ball" for ball, other, way in triples
@@ -82,7 +78,8 @@ def goes_on(world, record, more):
     return env.rollout_record(world, goal, world.observe(states), np.array(actions), states)
 
 
-# ------------------------------------------------------------------------------------------------- the authors' .npy
+# ----------------------------------------------------------------------------------------------
+# the authors' .npy
 
 
 @needs_recording
@@ -192,7 +189,8 @@ def test_a_recording_that_goes_on_after_its_goal_ends_there(world, rollouts, tmp
     assert "12 went on after their goal was reached" in sentence
 
 
-# ------------------------------------------------------------------------------------------------- ImagineBench's arrays
+# ----------------------------------------------------------------------------------------------
+# ImagineBench's arrays
 
 
 @pytest.mark.parametrize("suffix", ["npz", "npy", "NPZ", pytest.param("hdf5", marks=needs_minari)])
@@ -244,39 +242,83 @@ def damage(arrays, field, change):
     return arrays
 
 
-WRONG = {  # field, what is done to it, what the message says beside the file; of the authors' layout
+WRONG = {  # of the authors' layout: field, what is done to it, what is said beside the file
     "no actions": ("actions", None, "field 'actions' is missing"),
     "no observations": ("observations", None, "field 'observations' is missing"),
     "no masks": ("masks", None, "field 'masks' is missing"),
     "no texts": ("instructions", None, "field 'instructions' is missing"),
     "NaN seen": ("observations", np.nan, "row 2: observations has NaN"),
-    "infinity reached": ("next_observations", np.inf, "row 2: next_observations has NaN or infinite"),
+    "infinity reached": (
+        "next_observations",
+        np.inf,
+        "row 2: next_observations has NaN or infinite",
+    ),
     "NaN reward": ("rewards", np.nan, "row 2: rewards has NaN"),
     "all rewards NaN": ("rewards", lambda a: a * np.nan, "row 0: rewards has NaN"),
-    "all actions NaN": ("actions", lambda a: a * np.nan, "row 0: actions has NaN"),  # found by the fuzz
+    "all actions NaN": (
+        "actions",
+        lambda a: a * np.nan,
+        "row 0: actions has NaN",
+    ),  # found by the fuzz
     "action 40": ("actions", 40, "row 2: actions must be in 0..39, got"),
     "action -1": ("actions", -1, "row 2: actions must be in 0..39, got -1"),
-    "an action no integer can hold": ("actions", lambda a: a + 1e300, "row 0: actions has values beyond"),
+    "an action no integer can hold": (
+        "actions",
+        lambda a: a + 1e300,
+        "row 0: actions has values beyond",
+    ),
     "half an action": ("actions", lambda a: a + 0.5, "row 0: actions must be whole numbers"),
     "actions as texts": ("actions", lambda a: a.astype(str), "row 0: actions must be numbers, got"),
-    "actions as objects": ("actions", lambda a: a.astype(str).astype(object), "must be numbers, got|other things|only numbers"),
-    "two numbers an action": ("actions", lambda a: np.stack([a, a], -1), "row 0: actions must have shape (any,), got"),
+    "actions as objects": (
+        "actions",
+        lambda a: a.astype(str).astype(object),
+        "must be numbers, got|other things|only numbers",
+    ),
+    "two numbers an action": (
+        "actions",
+        lambda a: np.stack([a, a], -1),
+        "row 0: actions must have shape (any,), got",
+    ),
     "a ball out of reach": ("observations", lambda a: a * 100, "observations"),
     "nine numbers": ("observations", lambda a: a[..., :9], "row 0: observations must have shape"),
-    "flat observations": ("observations", lambda a: a.reshape(len(a), -1), "observations has shape (12, 200)"),
+    "flat observations": (
+        "observations",
+        lambda a: a.reshape(len(a), -1),
+        "observations has shape (12, 200)",
+    ),
     "one row fewer": ("actions", lambda a: a[1:], "actions has shape (11, 20)"),
-    "a number a rollout": ("actions", lambda a: a[:, 0], "actions has shape (12,)"),  # found by the fuzz
+    "a number a rollout": (
+        "actions",
+        lambda a: a[:, 0],
+        "actions has shape (12,)",
+    ),  # found by the fuzz
     "a gap in the mask": ("masks", lambda a: a[:, ::-1].copy(), "row 0: masks must be ones"),
     "no steps": ("masks", lambda a: a * (np.arange(12) != 2)[:, None], "row 2: actions is empty"),
     "masks of one axis": ("masks", lambda a: a[:, 0], "masks must have shape (rollouts, steps)"),
-    "steps that do not follow": ("next_observations", lambda a: a + 0.5, "next_observations of a step are not the observations"),
+    "steps that do not follow": (
+        "next_observations",
+        lambda a: a + 0.5,
+        "next_observations of a step are not the observations",
+    ),
     "two sources": ("goals", 1, "row 2: goals must"),
     "a direction 7": ("goals", lambda a: a + (np.arange(6) == 5) * 7, "row 0: goals must"),
-    "a goal that changes": ("goals", lambda a: a + (np.arange(20) == 19)[:, None] * (np.arange(6) == 5), "row 0: goals must be"),
-    "texts as numbers": ("instructions", lambda a: np.zeros((12, 3)), "row 0: instructions must be a text"),
-    "texts of two axes": ("instructions", lambda a: a[..., None], "row 0: instructions must be texts"),
+    "a goal that changes": (
+        "goals",
+        lambda a: a + (np.arange(20) == 19)[:, None] * (np.arange(6) == 5),
+        "row 0: goals must be",
+    ),
+    "texts as numbers": (
+        "instructions",
+        lambda a: np.zeros((12, 3)),
+        "row 0: instructions must be a text",
+    ),
+    "texts of two axes": (
+        "instructions",
+        lambda a: a[..., None],
+        "row 0: instructions must be texts",
+    ),
     "no rows": ("masks", lambda a: a[:0], "has shape (12,"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ("npy", "npz"))
@@ -298,25 +340,47 @@ def test_what_is_wrong_with_a_recording_is_said_in_one_line(
 
 HUGE = plain_npy(np.zeros(3)).replace(b"(3,), }" + b" " * 15, b"(1000000000000000,), }")
 RED_LEFT = env.Goal("Red left of blue", kind="relation", relations=(("red", "blue", "left"),))
-OTHER = {  # what --data names, by a function of a folder, the recording and a world; what the message says
+OTHER = {  # a path made from folder, recording and world; what is said
     "nothing": (lambda d, a, w: d / "absent", "no such file or folder"),
     "an empty folder": (lambda d, a, w: d, "neither state.json"),
     "a picture": (lambda d, a, w: write(d / "cat.png", b"cat"), "no recording; give"),
-    "one array": (lambda d, a, w: write(d / "one.npy", plain_npy(np.zeros(3))), "it holds a single array"),
+    "one array": (
+        lambda d, a, w: write(d / "one.npy", plain_npy(np.zeros(3))),
+        "it holds a single array",
+    ),
     "a list": (lambda d, a, w: write(d / "list.npy", npy([1])), "it holds a list"),
     "no npy": (lambda d, a, w: write(d / "x.npy", b"not an array"), "it is no .npy file"),
     "no zip": (lambda d, a, w: write(d / "x.npz", b"PK, or not"), "damaged, or no .npz file"),
     "no hdf5": (lambda d, a, w: write(d / "x.hdf5", b"HDF, or not"), ".hdf5 file|minari[hdf5]"),
-    "an unreadable sentence": (lambda d, a, w: write(d / "x.npz", npz({**damage(a, "goals", None), "instructions": np.array(["Do."] * 12)})),
-                               "row 0: instructions: cannot tell"),
-    "a NUL in a goal": (lambda d, a, w: write(d / "x.npz", npz({**a, "instructions": np.array(["Do\0it."] * 12)})), "row 0: a goal's text"),
-    "objects in an npz": (lambda d, a, w: write(d / "x.npz", npz({**a, "masks": npy([1])})), "field 'masks'"),
-    "a huge npz": (lambda d, a, w: write(d / "x.npz", npz({**a, "masks": HUGE})), "field 'masks', (1000000000000000,) of"),
-    "two rollouts": (lambda d, a, w: write(d / "x.npy", npy({k: v[:2] for k, v in a.items() if np.ndim(v)})), "at least 3 are needed"),
-    "novel levels": (lambda d, a, w: save(d, env.Goal("Left", "easy", "step", (("red", None, "left"),)), 1, w), "row 0: level 'easy', kind"),
+    "an unreadable sentence": (
+        lambda d, a, w: write(
+            d / "x.npz", npz({**damage(a, "goals", None), "instructions": np.array(["Do."] * 12)})
+        ),
+        "row 0: instructions: cannot tell",
+    ),
+    "a NUL in a goal": (
+        lambda d, a, w: write(d / "x.npz", npz({**a, "instructions": np.array(["Do\0it."] * 12)})),
+        "row 0: a goal's text",
+    ),
+    "objects in an npz": (
+        lambda d, a, w: write(d / "x.npz", npz({**a, "masks": npy([1])})),
+        "field 'masks'",
+    ),
+    "a huge npz": (
+        lambda d, a, w: write(d / "x.npz", npz({**a, "masks": HUGE})),
+        "field 'masks', (1000000000000000,) of",
+    ),
+    "two rollouts": (
+        lambda d, a, w: write(d / "x.npy", npy({k: v[:2] for k, v in a.items() if np.ndim(v)})),
+        "at least 3 are needed",
+    ),
+    "novel levels": (
+        lambda d, a, w: save(d, env.Goal("Left", "easy", "step", (("red", None, "left"),)), 1, w),
+        "row 0: level 'easy', kind",
+    ),
     "an endless rollout": (lambda d, a, w: save(d, RED_LEFT, 51, w), "row 0: actions has 51 steps"),
     "centimetres": (lambda d, a, w: save(d, RED_LEFT, 1, w, 20.0), "row 0: observations reach 20"),
-}  # fmt: skip
+}
 
 
 def save(path, goal, steps, world, place=0.0):
@@ -351,9 +415,8 @@ def test_an_npz_that_would_unpack_to_more_than_the_limit_is_refused(
         formats.read(write(tmp_path / "a.npz", npz(recorded)), world)
 
 
-
-
-# ------------------------------------------------------------------------------------------------------------------- fuzz
+# ----------------------------------------------------------------------------------------------
+# fuzz
 
 
 @pytest.mark.parametrize("seed", (0, 1))
@@ -394,5 +457,3 @@ def test_texts_in_the_place_of_numbers_are_refused(
         arrays = {**file, field: file[field].astype("S8")}
     with pytest.raises(ValueError, match=f"row 0: {field} must be numbers"):
         formats.read(write(tmp_path / "b.npz", npz(arrays)), world)
-
-

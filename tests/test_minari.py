@@ -1,4 +1,4 @@
-"""Minari: what it records of our environments we read; what we write it loads, combines, recovers."""
+"""Minari: what it records of our worlds we read; what we write it loads, combines, recovers."""
 
 import importlib.util
 import json
@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 from fuzz import store
-from test_formats import RED_LEFT, assert_same, imaginary, write, write_as
+from test_exports import imaginary
+from test_formats import RED_LEFT, assert_same, write, write_as
 
 import env
 from data import formats, minari_io
@@ -158,8 +159,14 @@ def with_two_goals(episode):
 
 
 @needs_minari
-@pytest.mark.parametrize("change, said", [(of_dicts, "observations are a Dict, not"), (without_goal, "row 0: no text of the goal"),
-                                          (with_two_goals, "row 0: goal changes within the episode")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (of_dicts, "observations are a Dict, not"),
+        (without_goal, "row 0: no text of the goal"),
+        (with_two_goals, "row 0: goal changes within the episode"),
+    ],
+)
 def test_a_minari_episode_that_cannot_be_judged_is_refused_in_a_sentence(
     world, tmp_path, change, said
 ):

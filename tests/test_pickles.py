@@ -9,8 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from fuzz import npy, npz
-from test_formats import recorded, write  # noqa: F401 - a fixture
+from fuzz import authors_layout, npy, npz
+from test_formats import write
 
 from data import formats, recordings
 
@@ -108,19 +108,42 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(world, tmp_path, mo
     assert "\n" not in str(refused.value) and not marker.exists()
 
 
-@pytest.mark.parametrize("value, name", [
-    (Calls(os.system, "true"), "posix.system"), (torch.zeros(2), "torch._utils._rebuild_tensor_v2"),
-    (np.random.default_rng(0), "numpy.random"), (Calls(np.load, "x.npy"), "numpy.load")])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, name",
+    [
+        (Calls(os.system, "true"), "posix.system"),
+        (torch.zeros(2), "torch._utils._rebuild_tensor_v2"),
+        (np.random.default_rng(0), "numpy.random"),
+        (Calls(np.load, "x.npy"), "numpy.load"),
+    ],
+)
 def test_a_refused_name_is_said(value, name):
     with pytest.raises(ValueError, match=f"names '{name}"):
         recordings.unpickle(pickle.dumps(value))
 
 
-@pytest.mark.parametrize("name, code", [
-    ("INST", b"(icopyreg\n_reconstructor\n"), ("OBJ", b"(cnumpy\nndarray\no"), ("NEWOBJ", b"cnumpy\nndarray\n)\x81"),
-    ("NEWOBJ_EX", b"cnumpy\nndarray\n)}\x92"), ("EXT1", b"\x82\1"), ("EXT2", b"\x83\1\0"), ("EXT4", b"\x84\1\0\0\0"),
-    ("PERSID", b"Pid\n"), ("BINPERSID", b"NQ"), ("NEXT_BUFFER", b"\x97"), ("READONLY_BUFFER", b"N\x98"), ("POP", b"N0"),
-    ("DUP", b"N2"), ("POP_MARK", b"(1"), ("EMPTY_SET", b"\x8f"), ("EMPTY_SET", b"\x8f(\x90"), ("FROZENSET", b"(\x91")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, code",
+    [
+        ("INST", b"(icopyreg\n_reconstructor\n"),
+        ("OBJ", b"(cnumpy\nndarray\no"),
+        ("NEWOBJ", b"cnumpy\nndarray\n)\x81"),
+        ("NEWOBJ_EX", b"cnumpy\nndarray\n)}\x92"),
+        ("EXT1", b"\x82\1"),
+        ("EXT2", b"\x83\1\0"),
+        ("EXT4", b"\x84\1\0\0\0"),
+        ("PERSID", b"Pid\n"),
+        ("BINPERSID", b"NQ"),
+        ("NEXT_BUFFER", b"\x97"),
+        ("READONLY_BUFFER", b"N\x98"),
+        ("POP", b"N0"),
+        ("DUP", b"N2"),
+        ("POP_MARK", b"(1"),
+        ("EMPTY_SET", b"\x8f"),
+        ("EMPTY_SET", b"\x8f(\x90"),
+        ("FROZENSET", b"(\x91"),
+    ],
+)
 def test_an_opcode_that_no_array_needs_is_refused_by_name(name, code):
     with pytest.raises(ValueError, match="opcode " + name):
         recordings.unpickle(code + b".")
@@ -132,17 +155,37 @@ FLOATS = b"cnumpy\ndtype\n(U\x02f8\x89\x88tR(K\3U\1<NNN" + NONE + NONE + b"K\0tb
 SHAPED = b"K\1J%bJ%b\x86" + FLOATS + b"\x89C\x08abcdefgh"
 
 
-@pytest.mark.parametrize("code, said", [
-    (RECONSTRUCT + b"(" + SHAPED.replace(b"%b", struct.pack("<i", 2 ** 31 - 1)) + b"tb.", "8 bytes for"),
-    (RECONSTRUCT + b"(" + SHAPED.replace(b"%b", struct.pack("<i", -1)) + b"tb.", "8 bytes for"),
-    (b"\x96" + struct.pack("<Q", 2 ** 40) + b"short.", "damaged"), (b"\x8e" + struct.pack("<Q", 2 ** 40) + b"short.", "damaged"),
-    (b"Nr\xff\xff\xff\x7f.", "nests or repeats"), (b"\x95" + struct.pack("<Q", 2 ** 62) + b"N", "damaged"),
-    (b"t.", "damaged"), (b"L" + b"9" * 10 ** 5 + b"L\n.", "damaged"), (b"Fno\xff number\n.", "damaged"), (b"h\7.", "damaged"),
-    (b"cnumpy\ndtype\n(U\x04V999\x89\x88tR.", "not numbers or texts"), (b".", "damaged"), (b"N", "damaged"), (b"", "damaged"),
-    (b"cnumpy\ndtype\n)R.", "damaged"), (b"c_codecs\nencode\n(tR.", "damaged"),
-    (RECONSTRUCT + b"]b.", "as numpy never does"), (b"}(" + b")\x85" * 10 ** 5 + b"Nu.", "nests or repeats"),
-    (b"}(" + b"cbuiltins\nbytes\n)R" * 10 ** 4 + b")\x85" * 10 ** 5 + b"Nu.", "nests or repeats"),
-    (b"}(N\x85\x94" + b"".join(b"h%c\x86\x94" % i for i in range(60)) + b"Nu.", "nests or repeats")])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (
+            RECONSTRUCT + b"(" + SHAPED.replace(b"%b", struct.pack("<i", 2**31 - 1)) + b"tb.",
+            "8 bytes for",
+        ),
+        (RECONSTRUCT + b"(" + SHAPED.replace(b"%b", struct.pack("<i", -1)) + b"tb.", "8 bytes for"),
+        (b"\x96" + struct.pack("<Q", 2**40) + b"short.", "damaged"),
+        (b"\x8e" + struct.pack("<Q", 2**40) + b"short.", "damaged"),
+        (b"Nr\xff\xff\xff\x7f.", "nests or repeats"),
+        (b"\x95" + struct.pack("<Q", 2**62) + b"N", "damaged"),
+        (b"t.", "damaged"),
+        (b"L" + b"9" * 10**5 + b"L\n.", "damaged"),
+        (b"Fno\xff number\n.", "damaged"),
+        (b"h\7.", "damaged"),
+        (b"cnumpy\ndtype\n(U\x04V999\x89\x88tR.", "not numbers or texts"),
+        (b".", "damaged"),
+        (b"N", "damaged"),
+        (b"", "damaged"),
+        (b"cnumpy\ndtype\n)R.", "damaged"),
+        (b"c_codecs\nencode\n(tR.", "damaged"),
+        (RECONSTRUCT + b"]b.", "as numpy never does"),
+        (b"}(" + b")\x85" * 10**5 + b"Nu.", "nests or repeats"),
+        (b"}(" + b"cbuiltins\nbytes\n)R" * 10**4 + b")\x85" * 10**5 + b"Nu.", "nests or repeats"),
+        (
+            b"}(N\x85\x94" + b"".join(b"h%c\x86\x94" % i for i in range(60)) + b"Nu.",
+            "nests or repeats",
+        ),
+    ],
+)
 def test_a_pickle_that_is_damaged_or_asks_for_memory_or_time_is_refused_at_once(code, said):
     tracemalloc.start()
     try:
@@ -192,7 +235,8 @@ def test_what_refers_to_itself_or_doubles_itself_by_the_memo_is_read_in_no_time_
             formats.read(write(tmp_path / "a.npy", npy({})[:128] + code), world)
 
 
-def test_every_cut_of_a_recording_is_refused(world, recorded, tmp_path):
+def test_every_cut_of_a_recording_is_refused(world, rollouts, tmp_path):
+    recorded = authors_layout(rollouts[:12], 20)
     for content, path in ((npy(recorded), tmp_path / "a.npy"), (npz(recorded), tmp_path / "a.npz")):
         for end in [*range(0, 300, 7), *range(300, len(content), 4001), len(content) - 1]:
             with pytest.raises(ValueError, match=path.name):
