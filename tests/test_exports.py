@@ -139,8 +139,9 @@ def collect(run, world, *arguments):
 
 
 def test_data_takes_the_place_of_the_expert_and_counts_by_its_content(
-    world, rollouts, recorded, tmp_path, capsys
+    world, rollouts, tmp_path, capsys
 ):
+    recorded = authors_layout(rollouts[:12], 20)
     path = write(tmp_path / "a.npy", npy(recorded))
     records = collect(tmp_path / "run", world, "--data", path)
     np.testing.assert_array_equal(records[5]["observations"], rollouts[5]["observations"])
