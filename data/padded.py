@@ -24,9 +24,9 @@ def recordings_of(arrays: dict[str, np.ndarray], seed: int) -> Iterator[dict]:
     for name in ("observations", "actions", "masks", "instructions"):
         if name not in arrays:
             raise Refused(f"field {name!r} is missing; data/README.md describes the format")
-    for name in PER_STEP:
-        if name in arrays and arrays[name].shape[2:] == (1,):
-            arrays[name] = arrays[name][..., 0]
+    for name, array in arrays.items():
+        if name in PER_STEP and array.shape[2:] == (1,):
+            arrays[name] = array[..., 0]
     shape = arrays["masks"].shape
     if len(shape) != 2:
         raise Refused(f"masks must have shape (rollouts, steps), got {shape}")
@@ -52,7 +52,7 @@ def _recordings(arrays, rng):
 def _recording(fields, rng):
     mask = numbers("masks", fields["masks"], (None,))
     steps = int((mask != 0).sum())
-    if not np.isin(mask, (0, 1)).all() or (mask[:steps] == 0).any():
+    if (mask != (np.arange(len(mask)) < steps)).any():
         raise Refused("masks must be ones for the steps of the rollout, then zeros")
     goal = {"goal": _draw(fields["instructions"], rng)}
     for name in ("level", "kind", "relations"):
@@ -62,7 +62,7 @@ def _recording(fields, rng):
         goal["code"] = numbers("goals", fields["goals"], (None, None))
     recording = {"goal": goal}
     if "imagined" in fields:
-        recording["imagined"] = bool(numbers("imagined", fields["imagined"], ()))
+        recording["imagined"] = numbers("imagined", fields["imagined"], ())
     if "explanations" in fields:
         recording["explanation"] = text_of("explanations", fields["explanations"])
     for name in ("actions", "rewards", "terminals", "dynamics_error", "next_observations"):
@@ -98,10 +98,10 @@ def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None
     lengths = np.array([len(record["actions"]) for record in records])
     steps = int(lengths.max())
     left = lengths[:, None] - np.arange(steps)  # the last step has one left
-    success = np.array([[record["success"]] for record in records])
+    success = np.array([record["success"] for record in records])
     fields = {
         "masks": (left > 0).astype(np.int32),
-        "terminals": (left == 1) & success,
+        "terminals": (left == 1) & success[:, None],
         "instructions": column("goal"),
         "level": column("level"),
         "kind": column("kind"),
@@ -109,47 +109,42 @@ def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None
         "imagined": np.array([rollouts.is_imagined(record) for record in records]),
         "explanations": column("explanation"),
     }
+    following = [record["observations"][1:] for record in records]
+    fields["next_observations"] = _padded(following, steps)
     for name in ("actions", "rewards", "states", "dynamics_error"):
-        padded = _padded(records, name, steps + (name == "states"))
-        if padded is not None:
-            fields[name] = padded
+        values = [record.get(name) for record in records]
+        if any(value is not None for value in values):
+            fields[name] = _padded(values, steps + (name == "states"))
     with folder.replacing(path) as aside:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in fields.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, array, allow_pickle=False)
-            _write_observations(archive, "observations", records, steps, encodings, 0)
-            _write_observations(archive, "next_observations", records, steps, encodings[:, :0], 1)
+            with archive.open("observations.npy", "w", force_zip64=True) as stream:
+                _write_observations(stream, records, steps, encodings)
 
 
-def _padded(records, field, steps):
-    """A field of records, (N, steps, ...): zero past the end, NaN where a record lacks it; None
-
-    where all do.
-    """
-    found = [record.get(field) for record in records]
-    known = [values for values in found if values is not None]
-    if not known:
-        return None
-    array = np.zeros((len(records), steps, *known[0].shape[1:]), known[0].dtype)
-    for row, values in enumerate(found):
-        if values is None:
+def _padded(values, steps):
+    """Arrays of rollouts as one, (N, steps, ...): zero past the end; NaN in place of None."""
+    like = next(value for value in values if value is not None)
+    array = np.zeros((len(values), steps, *like.shape[1:]), like.dtype)
+    for row, value in enumerate(values):
+        if value is None:
             array[row] = np.nan
         else:
-            array[row, : len(values)] = values
+            array[row, : len(value)] = value
     return array
 
 
-def _write_observations(archive, name, records, steps, encodings, first):
-    """One rollout at a time: with encodings the array is large."""
+def _write_observations(stream, records, steps, encodings):
+    """An .npy file, one rollout at a time: with encodings the array is large."""
     width = records[0]["observations"].shape[1]
-    shape = (len(records), int(steps), width + encodings.shape[1])
+    shape = (len(records), steps, width + encodings.shape[1])
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-        np.lib.format.write_array_header_2_0(stream, header)
-        for record, encoding in zip(records, encodings):
-            block = np.zeros(shape[1:], "<f4")
-            seen = record["observations"][first : first + len(record["actions"])]
-            block[: len(seen), :width] = seen
-            block[:, width:] = encoding
-            stream.write(block.tobytes())
+    np.lib.format.write_array_header_2_0(stream, header)
+    for record, encoding in zip(records, encodings):
+        before = record["observations"][:-1]
+        block = np.zeros(shape[1:], "<f4")
+        block[:, width:] = encoding
+        block[: len(before), :width] = before
+        stream.write(block.tobytes())

@@ -144,16 +144,19 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
 def help_text(intro: str, classes: Sequence[type], scales: dict[str, dict]) -> str:
     """What `--help` prints: our settings by class, with their defaults at each scale."""
     columns = min(max(shutil.get_terminal_size().columns, 80), 120)
-    lines = [intro]
+    legend = f"In brackets the defaults at scale {' / '.join(scales)}; the last holds for the rest."
+    others = "All other settings of transformers.TrainingArguments are accepted for grounding too."
+    lines = [intro, "", legend, others]
     for each in classes:
-        lines += ["", f"{each.__doc__.strip().splitlines()[0]}"]
+        lines += ["", each.__doc__.splitlines()[0]]
         for field in dataclasses.fields(each):
-            if field.name not in each.__annotations__ or "help" not in field.metadata:
+            if field.name not in each.__annotations__:
                 continue
             own = field.default if field.default_factory is dataclasses.MISSING else "all"
             values = [scale.get(field.name, own) for scale in scales.values()]
-            shown = values[:1] if len(set(map(str, values))) == 1 else values
-            shown = " / ".join(map(str, shown))
+            while values[1:] and values[-1] == values[-2]:
+                values.pop()
+            shown = " / ".join(map(str, values)) or "none"
             text = f"--{field.name}  {field.metadata['help']} ({shown})"
             lines += textwrap.wrap(
                 text, columns - 1, initial_indent="  ", subsequent_indent=" " * 6

@@ -139,6 +139,19 @@ def test_minaris_collector_records_our_environment(world, tmp_path, monkeypatch)
 
 
 @needs_minari
+def test_a_goal_in_an_episodes_attributes_is_read(world, tmp_path):
+    goal = world.sample_goals("hard", "test", 1, np.random.default_rng(0))[0]
+    episode = Record(world, goal, [1, 2, 3])
+    episode.infos = {}
+    path = store(tmp_path / "d", world, [episode])
+    record = goal.to_json()
+    told = {**record, "goal": record["text"], "relations": json.dumps(record["relations"])}
+    minari_io.package().MinariDataset(path / "data").storage.update_episode_metadata([told])
+    (read,), _ = formats.read(path, world)
+    assert env.goal_of(read) == goal
+
+
+@needs_minari
 def test_an_info_that_is_a_row_short_is_left_out(world, tmp_path):
     episode = Record(world, RED_LEFT, [1, 2, 3])
     episode.infos["state"] = episode.infos["state"][1:]
