@@ -412,8 +412,8 @@ class WorldEnv(gymnasium.Env):
     """Any world with Gymnasium's interface; info has goal, level, kind, relations (JSON), state and
     success at every step.
 
-    world: a World, or its name as `make` takes it. reset options: "goal", a Goal (default: a random
-    training goal); "state", a (state_dim,) state.
+    world: a World, or its name as `make` takes it. reset options: "goal", a Goal or a text that
+    states one (default: a random training goal); "state", a (state_dim,) state.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -433,11 +433,15 @@ class WorldEnv(gymnasium.Env):
         """Begin an episode."""
         super().reset(seed=seed)
         options = options or {}
-        drawn = self.world.sample_goals("offline", "train", 1, self.np_random)
-        self.goal = options.get("goal") or drawn[0]
-        if not isinstance(self.goal, Goal):
-            raise ValueError(f"options['goal'] must be an env.Goal, got {type(self.goal).__name__}")
-        self.world.check_goal(self.goal)
+        goal = options.get("goal")
+        if goal is None:
+            goal = self.world.sample_goals("offline", "train", 1, self.np_random)[0]
+        elif isinstance(goal, str):
+            goal = self.world.goal_of_text(goal)
+        elif not isinstance(goal, Goal):
+            raise ValueError(f"options['goal'] is a text or an env.Goal, got {type(goal).__name__}")
+        self.world.check_goal(goal)
+        self.goal = goal
         if "state" in options:
             self.state = np.array(options["state"], np.float64)
         else:

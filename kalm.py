@@ -35,7 +35,7 @@ import env
 import ground
 import rl
 import rollout
-from data import formats, grounded
+from data import formats, grounded, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, logs, report
@@ -124,6 +124,8 @@ class ReportArguments:
         self.kinds = [] if self.export == "none" else self.export.split(",")
         if not set(self.kinds) <= {"npz", "minari"}:
             raise ValueError(f"--export takes none, npz, minari or both, got {self.export!r}")
+        if "minari" in self.kinds:
+            minari_io.package()
 
 
 CLASSES = (command.RunArguments, CollectArguments, GroundingArguments, ImagineArguments)
@@ -469,7 +471,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
         return command.defaults_of(SCALES, given)
 
     found, given = parse(arguments, CLASSES, defaults, command.RENAMED)
-    shared, _, grounding, imagining, learning, _, _ = found
+    shared, collecting, grounding, imagining, learning, _, _ = found
     manifest = folder.Manifest(Path(grounding.output_dir))
     seed = grounding.seed
     if acts and "learn" in manifest.stages:
@@ -484,6 +486,8 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(given)
     command.check_models(shared, grounding, learning)
+    if collecting.data and "collect" in plan.names:
+        formats.read_offline(collecting.data, world, seed)
     run = Run(manifest.run, world, shared.llm, seed, grounding.bf16, [*grounding.report_to])
     todo = plan.to_do()
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")

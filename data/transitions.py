@@ -69,6 +69,10 @@ class GoalTable:
         encoding = (encode_texts([text], model, tokenizer) - self.scale[0]) / self.scale[1]
         return GoalTable([*self.index, text], torch.cat([self.table, encoding]), self.scale)
 
+    def of_texts(self, texts: Sequence[str]) -> Tensor:
+        """Encodings of known texts: (len(texts), hidden)."""
+        return self.table[self.rows(texts)]
+
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """Rows of the table for texts: (len(texts),) int64."""
         return np.array([self.index[text] for text in texts])
