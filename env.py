@@ -277,8 +277,11 @@ class World:
 def make(name: str = DEFAULT_WORLD) -> World:
     """The world of a name in worlds/, or of path/to/file.py:Class. Raises ValueError if none."""
     path, _, class_name = name.rpartition(":")
-    if path.endswith(".py"):
-        found = getattr(_module_of_file(path), class_name, None)
+    if path.endswith(".py") and Path(path).is_file():
+        spec = importlib.util.spec_from_file_location(f"world_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = getattr(module, class_name, None)
     elif name.isidentifier() and (WORLDS / f"{name}.py").is_file():
         found = importlib.import_module(f"worlds.{name}").WORLD
     else:
@@ -289,16 +292,6 @@ def make(name: str = DEFAULT_WORLD) -> World:
     world = found()
     world.name = name
     return world
-
-
-def _module_of_file(path: str):
-    """The module of a Python file anywhere, under a name that no import takes."""
-    if not Path(path).is_file():
-        raise ValueError(f"--env {path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"world_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ----------------------------------------------------------------------------------------------

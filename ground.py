@@ -259,8 +259,7 @@ def make_example(
     for record in rollouts:
         segments += segments_of(record, world, tokenizer, [wording, len(segments) - 1])
     if len(segments) > SEGMENTS:
-        count = f"at most {SEGMENTS - 1} segments, got {len(segments) - 1}"
-        raise ValueError(f"an example holds {count}; give it fewer or shorter rollouts")
+        raise ValueError(f"an example holds at most {SEGMENTS} segments, got {len(segments)}")
     positions = []
     places = []  # segments all go on where the prompt ends
     for segment in segments:
@@ -382,6 +381,11 @@ class GroundingTrainer(transformers.Trainer):
             groups.append({"params": old, "lr": self.args.learning_rate})
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def _run_epoch(self, *args, **kwargs):
+        # From the checkpoint of the last step the Trainer would go one step further.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):  # noqa: ANN201
         """The model's own loss; its parts are kept for the log."""

@@ -388,16 +388,7 @@ def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
     print(f"success rates, {episodes} episodes a cell (llm: one seed); more in report.html")
 
 
-@dataclass(frozen=True)
-class Acting:
-    """What `--stage act` does: a goal in words, the start, and who acts (none named: the best)."""
-
-    goal: str
-    start_seed: int
-    methods: list[str]
-
-
-def act(run: Run, settings: Acting, work: Path) -> None:
+def act(run: Run, settings: episode.Acting, work: Path) -> None:
     """One try at a goal in the world by each method -> act/*.gif, words on the terminal."""
     if not PartialState().is_main_process:
         return
@@ -477,7 +468,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     if acts and "learn" in manifest.stages:
         seed = manifest.stages["learn"]["run"]["seed"]  # the given one chooses the start alone
     methods = named["methods"].split(",") if "methods" in named else []
-    acting = Acting(shared.goal, grounding.seed, methods)
+    acting = episode.Acting(shared.goal, grounding.seed, methods)
     logs.check_trackers(grounding.report_to)
     world = env.make(shared.env)
     imagining.novel_goals_of(world, seed)

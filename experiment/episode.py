@@ -5,10 +5,20 @@ This file knows rollout records and what a world says of them, and nothing of wh
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import env
 from experiment import folder
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What `--stage act` does: a goal in words, the start, and who acts (none named: the best)."""
+
+    goal: str
+    start_seed: int
+    methods: list[str]
 
 
 def verdict_of(record: dict) -> str:

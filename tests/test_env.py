@@ -263,7 +263,7 @@ def test_reset_takes_a_goal_and_a_state_and_the_episode_ends_by_success_or_limit
 @pytest.mark.parametrize(
     "options",
     [
-        {"goal": "a text"},
+        {"goal": 3},
         {"goal": Goal("x", "easy", "step", (("mauve", None, "left"),))},
         {"state": np.zeros(5)},
         {"state": np.full(69, np.nan)},
