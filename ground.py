@@ -13,7 +13,7 @@ This file knows no policies and no particular world: sentences come from the wor
 import collections
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,26 +107,21 @@ class GroundingArguments(transformers.TrainingArguments):
             names = ("adapter", "keep_layers", "max_steps", "num_train_epochs")
             return {name: getattr(self, name) for name in names}
         values = self.to_dict()
-        recorded = {}
-        for field in fields(self):
-            is_changed = values[field.name] != field.default
-            if field.name in TRAINING_SETTINGS and (is_changed or field.name in OUR_SETTINGS):
-                recorded[field.name] = values[field.name]
-        return recorded
+        del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]  # says nothing
+        recorded = {name: values.get(name) for name in TRAINING_SETTINGS}
+        return {name: value for name, value in recorded.items() if value not in ("", None)}
 
     def inputs(self) -> dict[str, list[str]]:
         """An adapter counts by its weights."""
         return {"adapter": adapter_hashes(self.adapter)} if self.adapter != "none" else {}
 
 
-OUR_SETTINGS = set(GroundingArguments.__annotations__)
-# How settings begin that say where and how to compute, save and show, and change no result.
-ELSEWHERE = """output_dir run_name project report_to seed data_seed use_cpu bf16 fp16 tf32 debug
-disable_tqdm local_rank full_det prediction_loss include_for label_names deepspeed logging_ log_
-save_ eval_ per_device_eval dataloader_ ddp_ hub_ push_to_hub do_ trackio_ skip_ restore_ average_
-torch_compile accelerator_ parallelism_ resume_from remove_unused batch_eval enable_jit fsdp"""
-ALL_SETTINGS = [field.name for field in fields(GroundingArguments)]
-TRAINING_SETTINGS = [name for name in ALL_SETTINGS if not name.startswith(tuple(ELSEWHERE.split()))]
+# What grounding's result follows from; other settings say where and how to compute, save and show.
+TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank adapter tasks renamed_copies
+embedding_scale learning_rate new_learning_rate max_steps num_train_epochs lr_scheduler_type
+lr_scheduler_kwargs warmup_steps per_device_train_batch_size gradient_accumulation_steps optim
+optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+neftune_noise_alpha train_sampling_strategy dataloader_drop_last auto_find_batch_size""".split()
 
 # ----------------------------------------------------------------------------------------------
 # Prompts

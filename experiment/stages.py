@@ -111,12 +111,14 @@ class Plan:
         columns = min(max(shutil.get_terminal_size().columns, 80), 120) - 1
         paragraphs = []
         for name in self.names:
-            settings = [f"{key} {value}" for key, value in self.record(name)["settings"].items()]
+            recorded = self.record(name)["settings"].items()
+            settings = [f"{key} {value}" for key, value in recorded if value != ""]
             status = "done before" if name not in todo else ""
             if not status and name in minutes:
                 status = f"~{max(1, round(minutes[name]))} min"
             text = f"  {name:9} {status:12} {', '.join(settings)}"
-            paragraphs.append(textwrap.fill(text, columns, subsequent_indent=" " * 25))
+            options = {"subsequent_indent": " " * 25, "break_long_words": False}
+            paragraphs.append(textwrap.fill(text, columns, **options))
         return "\n".join(paragraphs)
 
 

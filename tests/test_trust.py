@@ -1,4 +1,6 @@
 """Nothing lost, nothing half-written: kills, locks, damage, full disks, numbers that are none."""
+
+import dataclasses
 import errno
 import json
 import os
@@ -11,441 +13,504 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, new_model
-from test_rl import random_records, toy_table
+from conftest import ROOT, grounding_settings, new_model
+from transformers import TrainerState
 
 import env
 import ground
 import kalm
 import rl
 import rollout
-from data import checkpoint, store
+from experiment import folder, logs
 
-SMOKE = ("--scale", "smoke", "--checkpoint_minutes", "0", "--output_dir")
+SMOKE = ("--scale", "smoke", "--output_dir")
+OF_THIS_TRY = ("time", "train_runtime", "train_loss", "train_samples_per_second")
+OF_THIS_TRY += ("train_steps_per_second",)
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: no `except Exception` sees it."""
 
 
-def kill_at(monkeypatch, owner, name, call, after=True):
-    """The `call`-th call of owner.name is the last thing that happens, or with after=False almost happens."""
-    real, seen = getattr(owner, name), []
+def kill_at(patch, owner, name, call, after=True):
+    """The call of that number of owner.name is the last thing that happens, or almost happens."""
+    real, calls = getattr(owner, name), []
 
     def mortal(*args, **kwargs):
-        seen.append(name)
-        if len(seen) == call and not after:
+        calls.append(name)
+        if len(calls) == call and not after:
             raise Killed
         value = real(*args, **kwargs)
-        if len(seen) == call:
+        if len(calls) == call:
             raise Killed
         return value
-    monkeypatch.setattr(owner, name, mortal)
+
+    patch.setattr(owner, name, mortal)
+
+
+def killed(monkeypatch, run, owner, name, call, after=True, options=()):
+    """Run all stages until that call kills them."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, owner, name, call, after)
+        kalm.main([*SMOKE, run, *options])
+
+
+@pytest.fixture
+def work_done(monkeypatch):
+    """The gradient steps and rounds of imagining that are done from here on: a list of names."""
+    done = []
+    places = [(ground.GroundingTrainer, "compute_loss"), (rl, "clip_gradients")]
+    for owner, name in [*places, (rollout, "generate_all")]:
+        real = getattr(owner, name)
+        note = lambda *args, _real=real, _name=name, **kw: done.append(_name) or _real(*args, **kw)
+        monkeypatch.setattr(owner, name, note)
+    return done
+
+
+def up_to(smoke_run, path, stage):
+    """A copy of the smoke run as it was before a stage began, without logs."""
+    shutil.copytree(smoke_run, path)
+    folder.remove(path / "logs")
+    manifest = folder.read_json(path / "manifest.json")
+    for later in list(kalm.STAGES)[list(kalm.STAGES).index(stage) : -1]:
+        for name in kalm.STAGES[later].writes:
+            folder.remove(path / name)
+        del manifest["stages"][later]
+    folder.write_json(path / "manifest.json", manifest)
+    return path
 
 
 def results_of(run):
-    results = json.loads((run / "results.json").read_text())
+    results = folder.read_json(run / "results.json")
     assert results.pop("time_s")
     return results
 
 
-def up_to(smoke_run, folder, stage):
-    """A copy of the smoke run as it was before a stage began."""
-    shutil.copytree(smoke_run, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for later in kalm.STAGES[kalm.STAGES.index(stage):]:
-        for name in kalm.WRITES[later]:
-            store.remove(folder / name)
-        del manifest["stages"][later]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+def lines_of(path):
+    """The lines of a log but for what is of the try that wrote them."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in OF_THIS_TRY} for line in lines]
 
 
-# ------------------------------------------------------------------------------------------------------- interruption
-
-@pytest.mark.parametrize("stage, owner, name, call, left", [  # left: steps and rounds that the second run has to do
-    ("ground", store, "keep_last", 5, (3, 0)),        # five of eight steps were done
-    ("ground", ground, "evaluate", 1, (1, 0)),        # all eight, of which the last is done again
-    ("imagine", store, "seal", 3, (0, 4)),            # three of seven rounds
-    ("learn", store, "keep_last", 100, (260, 0)),     # the first method and 40 of 60 steps of the second of six
-    ("learn", rl, "save_policy", 3, (180, 0)),        # three methods
-    ("learn", shutil, "copy", 2, (0, 0))], ids=lambda x: str(x) if isinstance(x, (str, int)) else "")  # all of them
-def test_a_killed_stage_goes_on_and_ends_as_if_nothing_had_been(smoke_run, tmp_path, monkeypatch, stage, owner, name, call, left):
-    run, steps, rounds = up_to(smoke_run, tmp_path / "run", stage), [], []
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, owner, name, call)
-        kalm.main([*SMOKE, str(run)])
-    real_loss, real_generate, real_clip = ground.GroundingTrainer.compute_loss, rollout.generate_all, rl.clip_gradients
-    monkeypatch.setattr(ground.GroundingTrainer, "compute_loss", lambda *a, **k: steps.append(1) or real_loss(*a, **k))
-    monkeypatch.setattr(rl, "clip_gradients", lambda *a: steps.append(1) or real_clip(*a))
-    monkeypatch.setattr(rollout, "generate_all", lambda *a, **k: rounds.append(1) or real_generate(*a, **k))
-    assert kalm.main([*SMOKE, str(run), "--stage", stage]) == 0
-    assert (len(steps), len(rounds)) == left
-    assert kalm.main([*SMOKE, str(run)]) == 0
-    assert results_of(run) == results_of(smoke_run)
-    for part in ("policies/curves.json", "policies/gradient_norms.json", "grounded/metrics.json"):
-        assert json.loads((run / part).read_text()) == json.loads((smoke_run / part).read_text())
-    assert {p.name for p in run.iterdir()} == {p.name for p in smoke_run.iterdir()}
+def assert_as_if_nothing_had_been(run, smoke_run, stage):
+    """What a stage wrote is what the smoke run has, number by number; so is each of its logs."""
+    for file in folder.read_json(smoke_run / "manifest.json")["stages"][stage]["files"]:
+        if file == "results.json":
+            assert results_of(run) == results_of(smoke_run)
+        elif file.endswith(".json"):
+            assert folder.read_json(run / file) == folder.read_json(smoke_run / file)
+        elif file != "report.html":
+            assert (run / file).read_bytes() == (smoke_run / file).read_bytes(), file
+    for path in (run / "logs").glob("[!s]*.jsonl"):
+        assert lines_of(path) == lines_of(smoke_run / "logs" / path.name)
+    assert not [*run.rglob("*.partial"), *run.glob("unfinished")]
 
 
-@pytest.mark.parametrize("damage", ("cut off", "flipped", "not sealed"))
-def test_a_checkpoint_that_is_not_whole_is_not_used(smoke_run, tmp_path, monkeypatch, damage):
-    run, steps = up_to(smoke_run, tmp_path / "run", "ground"), []
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if damage == "not sealed":
-            kill_at(patch, store, "seal", 4, after=False)
-        else:
-            kill_at(patch, store, "keep_last", 4)
-        kalm.main([*SMOKE, str(run)])
-    if damage != "not sealed":
-        weights, = run.glob("unfinished/*/checkpoint-4/model.safetensors")
-        content = bytearray(weights.read_bytes())
-        content[-100] ^= 1
-        weights.write_bytes(content if damage == "flipped" else content[:-100])
-    real = ground.GroundingTrainer.compute_loss
-    monkeypatch.setattr(ground.GroundingTrainer, "compute_loss", lambda *a, **k: steps.append(1) or real(*a, **k))
-    assert kalm.main([*SMOKE, str(run)]) == 0
-    assert len(steps) == (5 if damage == "not sealed" else 8)
-    assert results_of(run) == results_of(smoke_run)
+def files_of(run, *but):
+    """The content of each file, but for those of some of the parts of the run's folder."""
+    files = {path.relative_to(run): path for path in run.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name.parts[0] not in but}
 
 
-def test_only_the_last_checkpoint_is_kept_and_none_after_the_stage(smoke_run, tmp_path, monkeypatch):
-    run, seen = up_to(smoke_run, tmp_path / "run", "ground"), []
-    real = store.keep_last
-    monkeypatch.setattr(store, "keep_last", lambda path: real(path) or seen.append(sorted(p.name for p in path.parent.glob("c*"))))
-    assert kalm.main([*SMOKE, str(run), "--stage", "ground", "learn"]) == 2  # learn has nothing to read: nothing is begun
-    assert kalm.main([*SMOKE, str(run), "--stage", "ground"]) == 0
-    assert seen == [[f"checkpoint-{n}", f"checkpoint-{n}.sealed"] for n in range(1, 8)]
+# ------------------------------------------------------------------------------- interruption
+
+SAVED = (TrainerState, "save_to_json")  # the last file of a checkpoint
+MOMENTS = {  # stage, the last call, how many of them, whether it is done; steps and rounds left
+    "half a checkpoint": ("ground", *SAVED, 1, False, 8),
+    "a checkpoint, of four steps": ("ground", *SAVED, 1, True, 4),
+    "two steps later": ("ground", logs.LogLines, "on_log", 8, True, 4),
+    "half a second checkpoint": ("ground", *SAVED, 2, False, 4),
+    "all eight steps": ("ground", kalm, "measured", 1, True, 0),
+    "half a third round of seven": ("imagine", os, "replace", 4, False, 5),
+    "three rounds": ("imagine", rollout, "write_rollouts", 3, True, 4),
+    "all rounds": ("imagine", kalm, "write_rollouts", 2, True, 0),
+    "40 of 60 steps of method 2 of 6": ("learn", rl.Training, "save", 5, True, 260),
+    "three methods": ("learn", rl, "save_policy", 3, True, 180),
+    "all methods": ("learn", shutil, "copy", 2, True, 0),
+    "results that are not noted": ("evaluate", folder.Manifest, "note", 1, False, 28),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_a_killed_stage_goes_on_and_ends_as_if_nothing_had_been(
+    smoke_run, tmp_path, monkeypatch, work_done, moment
+):
+    stage, owner, name, call, after, left = moment
+    run = up_to(smoke_run, tmp_path / "run", stage)
+    killed(monkeypatch, run, owner, name, call, after)
+    (tries,) = run.glob("unfinished/*/tries.json")
+    folder.write_json(tries, {"earlier": 500, "began": folder.read_json(tries)["began"] - 500})
+    work_done.clear()
+    assert kalm.main([*SMOKE, run, "--stage", stage]) == 0
+    assert len(work_done) == left
+    assert_as_if_nothing_had_been(run, smoke_run, stage)
+    assert folder.read_json(run / "manifest.json")["stages"][stage]["time_s"] > 1000
+
+
+def test_a_run_that_was_killed_in_each_stage_is_whole_in_the_end(smoke_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    killed(monkeypatch, run, kalm, "write_rollouts", 1, after=False)
+    killed(monkeypatch, run, folder.Manifest, "note", 2, after=False)
+    killed(monkeypatch, run, rollout, "self_check", 2)
+    killed(monkeypatch, run, rl.Training, "save", 7)
+    killed(monkeypatch, run, kalm, "play", 3)
+    killed(monkeypatch, run, kalm.report, "write", 1)
+    assert kalm.main([*SMOKE, run]) == 0
+    for stage in list(kalm.STAGES)[:-1]:
+        assert_as_if_nothing_had_been(run, smoke_run, stage)
+    assert files_of(run).keys() == files_of(smoke_run).keys()
+    config = (run / "config.yaml").read_bytes()
+    assert config == (smoke_run / "config.yaml").read_bytes()
+
+
+def test_the_time_of_a_stage_counts_all_its_tries_up_to_their_last_file(tmp_path):
+    manifest, work = folder.Manifest(tmp_path), tmp_path / "unfinished" / "learn-1"
+    assert manifest.begin(work, anew=False) == 0
+    for expected in (40, 50):
+        began = folder.read_json(work / "tries.json")["began"]
+        (work / "file").write_text("x")
+        os.utime(work / "file", (0, began + (40 if expected == 40 else 10)))
+        assert manifest.begin(work, anew=False) == pytest.approx(expected, abs=0.1)
+    assert manifest.begin(work, anew=True) == 0
+
+
+def test_the_newest_checkpoint_that_is_whole_is_used(tmp_path):
+    assert logs.last_checkpoint(tmp_path) is None
+    for step, state in ((4, "{}"), (8, "{}"), (10, "{}"), (12, '{"step":'), (14, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-16").mkdir()
+    assert logs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_save_steps_says_when_and_only_the_last_checkpoint_is_kept(
+    smoke_run, tmp_path, monkeypatch, capsys
+):
+    run, seen, real = up_to(smoke_run, tmp_path / "run", "ground"), [], ground.finite.check
+
+    def look(*args, **kwargs):
+        seen.append([path.name for path in run.glob("unfinished/*/checkpoint-*")])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ground.finite, "check", look)
+    assert kalm.main([*SMOKE, run, "--stage", "ground", "--save_steps", 3]) == 0
+    by_step = [[f"checkpoint-{step // 3 * 3}"] if step >= 3 else [] for step in range(8)]
+    assert seen[::2] == by_step  # of the loss; then of the gradient
     assert not (run / "unfinished").exists()
+    assert kalm.main([*SMOKE, run, "--stage", "ground", "--save_steps", 5]) == 0
+    assert "nothing to do" in capsys.readouterr().out  # and the result does not follow from it
 
 
-def test_checkpoints_come_by_the_clock(tmp_path, rollouts, monkeypatch):
-    saved, clock = [], [0.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(checkpoint.store, "keep_last", lambda path: saved.append(path.name))
-    monkeypatch.setattr(ground.GroundingTrainer, "_save_checkpoint", lambda *_: None)
-    real = ground.GroundingTrainer.compute_loss
-    monkeypatch.setattr(ground.GroundingTrainer, "compute_loss",
-                        lambda *a, **k: clock.__setitem__(0, clock[0] + 60) or real(*a, **k))
-    model, tokenizer = new_model(rollouts)
-    ground.train(model, tokenizer, rollouts[:40], tmp_path, steps=12, batch_examples=4, checkpoints=tmp_path, checkpoint_minutes=5)
-    assert saved == ["checkpoint-5", "checkpoint-10"]
-
-
-def test_another_option_or_force_does_not_take_up_what_was_unfinished(smoke_run, tmp_path, monkeypatch):
-    for arguments in (["--ground_steps", "9"], ["--force"]):
-        run, steps = up_to(smoke_run, tmp_path / arguments[0], "ground"), []
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, store, "keep_last", 4)
-            kalm.main([*SMOKE, str(run)])
-        with monkeypatch.context() as patch:
-            real = ground.GroundingTrainer.compute_loss
-            patch.setattr(ground.GroundingTrainer, "compute_loss", lambda *a, **k: steps.append(1) or real(*a, **k))
-            assert kalm.main([*SMOKE, str(run), "--stage", "ground", *arguments]) == 0
-        assert len(steps) == (9 if "9" in arguments else 8)
+@pytest.mark.parametrize("options, steps", [(["--max_steps", 9], 9), (["--force"], 8)])
+def test_another_setting_or_force_does_not_take_up_what_was_unfinished(
+    smoke_run, tmp_path, monkeypatch, work_done, options, steps
+):
+    run = up_to(smoke_run, tmp_path / "run", "ground")
+    killed(monkeypatch, run, *SAVED, 1)
+    work_done.clear()
+    assert kalm.main([*SMOKE, run, "--stage", "ground", *options]) == 0
+    assert len(work_done) == steps
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_one_sentence_and_its_exit_code(tmp_path, number, code):
-    process = subprocess.Popen([sys.executable, "kalm.py", *SMOKE, str(tmp_path / "run")], cwd=ROOT, stderr=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "kalm.py", *SMOKE, str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
     assert any(line.startswith("ground ...") for line in process.stdout)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"kalm: stopped by {number.name}; the same command goes on from here" in err and "Traceback" not in err
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["collect"]["files"]
+    assert f"kalm: stopped by {number.name}; the same command goes on" in err
+    assert "Traceback" not in err
+    assert folder.read_json(tmp_path / "run" / "manifest.json")["stages"]["collect"]["files"]
 
 
-def test_a_second_run_on_a_folder_names_the_first_and_a_lock_left_by_a_killed_one_is_no_obstacle(smoke_run, tmp_path, capsys):
+def test_a_second_run_on_a_folder_is_refused_until_the_first_ends_however(
+    smoke_run, tmp_path, capsys
+):
     run = shutil.copytree(smoke_run, tmp_path / "run")
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, pathlib; sys.path.insert(0, '.')\nfrom data import store\n"
-                               f"with store.locked(pathlib.Path({str(run)!r})):\n    print('held', flush=True)\n    sys.stdin.read()"],
-                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hold = "import sys, pathlib\nfrom experiment import folder\n"
+    hold += "with folder.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+    command = [sys.executable, "-c", hold + "    sys.stdin.read()", str(run)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    holder = subprocess.Popen(command, cwd=ROOT, **pipes)
     assert holder.stdout.readline() == "held\n"
-    before = (run / "manifest.json").read_bytes()
-    assert kalm.main([*SMOKE, str(run), "--force"]) == 2
-    assert re.search(rf"is in use by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", capsys.readouterr().err)
-    assert (run / "manifest.json").read_bytes() == before
+    before = files_of(run)
+    assert kalm.main([*SMOKE, run, "--force"]) == 2
+    assert f"kalm: {run} is in use by another process" in capsys.readouterr().err
+    assert files_of(run) == before
     holder.kill()
     holder.wait()
-    assert (run / ".lock").is_file()
-    assert kalm.main([*SMOKE, str(run)]) == 0 and not (run / ".lock").exists()
+    assert (run / ".lock").is_file() and kalm.main([*SMOKE, run]) == 0
 
 
-# ---------------------------------------------------------------------------------------------------- atomic artifacts
+# ------------------------------------------------------------------------- whole or not at all
 
-@pytest.mark.parametrize("can_exchange", (True, False))
-@pytest.mark.parametrize("call", range(1, 9))
-def test_a_folder_that_is_being_replaced_is_the_old_or_the_new_one_at_every_moment(tmp_path, monkeypatch, can_exchange, call):
-    path = tmp_path / "folder"
-    path.mkdir()
-    (path / "a").write_text("old"), (path / "b").write_text("old")
-    if not can_exchange:
-        monkeypatch.setattr(store, "exchange", lambda *_: False)
+
+@pytest.mark.parametrize("kind", ("file", "folder"))
+@pytest.mark.parametrize("call", range(1, 7))
+def test_what_is_being_replaced_is_the_old_or_the_new_or_its_stage_counts_as_undone(
+    tmp_path, monkeypatch, kind, call
+):
+    manifest, path, calls = folder.Manifest(tmp_path), tmp_path / "x", []
+    files = ["x"] if kind == "file" else ["x/a", "x/b"]
+
+    def replace(text):
+        with folder.replacing(path) as aside:
+            for file in files:
+                place = aside / file[2:]
+                place.parent.mkdir(exist_ok=True)
+                place.write_text(text)
+
+    replace("old")
+    manifest.stages["x"] = {"fingerprint": "1", "run": {}, "settings": {}, "files": {}}
+    manifest.note("x", ["x"])
     with monkeypatch.context() as patch:
-        count = []
+        for owner, name in ((os, "replace"), (folder, "remove"), (os, "fsync")):
+            real = getattr(owner, name)
 
-        def mortal(real):
-            def call_or_die(*args, **kwargs):
-                count.append(real)
-                if len(count) >= call:
+            def dies(*args, _real=real):  # and nothing is done after that, as after SIGKILL
+                calls.append(_real)
+                if len(calls) >= call:
                     raise Killed
-                return real(*args, **kwargs)
-            return call_or_die
-        for owner, name in ((os, "rename"), (os, "replace"), (store, "exchange"), (shutil, "rmtree"), (store, "sync")):
-            patch.setattr(owner, name, mortal(getattr(owner, name)))
+                return _real(*args)
+
+            patch.setattr(owner, name, dies)
         try:
-            with store.replacing(path) as aside:
-                aside.mkdir()
-                (aside / "a").write_text("new"), (aside / "b").write_text("new")
+            replace("new")
         except Killed:
-            pass
-    store.recover(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
-    assert {(p.name, p.read_text()) for p in path.iterdir()} in ({("a", "old"), ("b", "old")}, {("a", "new"), ("b", "new")})
-    assert call < 8 or (path / "a").read_text() == "new"
+            assert len(calls) >= call
+    if manifest.is_done("x", "1"):
+        assert {(tmp_path / file).read_text() for file in files} in ({"old"}, {"new"})
+    else:
+        assert kind == "folder" and calls[call - 1] is os.replace and not path.exists()
+    replace("newer")  # what was left aside goes
+    assert {(tmp_path / file).read_text() for file in files} == {"newer"}
+    assert {part.name for part in tmp_path.iterdir()} == {"x", "manifest.json"}
+
+
+def test_a_stage_that_was_killed_between_the_old_result_and_the_new_is_done_again(
+    smoke_run, tmp_path, monkeypatch, work_done
+):
+    run, real = shutil.copytree(smoke_run, tmp_path / "run"), os.replace
+
+    def dies(source, target):
+        if target == run / "policies":
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", dies)
+        kalm.main([*SMOKE, run, "--stage", "learn", "--force"])
+    assert not (run / "policies").exists()
+    work_done.clear()
+    assert kalm.main([*SMOKE, run, "--stage", "learn"]) == 0
+    assert work_done == []  # its last snapshots were there
+    assert_as_if_nothing_had_been(run, smoke_run, "learn")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    store.write_json(tmp_path / "x.json", [1])
+    folder.write_json(tmp_path / "x.json", [1])
     with pytest.raises(TypeError):
-        store.write_json(tmp_path / "x.json", [1, object()])
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and json.loads((tmp_path / "x.json").read_text()) == [1]
+        folder.write_json(tmp_path / "x.json", [1, object()])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert folder.read_json(tmp_path / "x.json") == [1]
 
 
 def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     done, real = [], os.replace
-    monkeypatch.setattr(store.os, "fsync", lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")))
-    monkeypatch.setattr(store.os, "replace", lambda a, b: done.append("rename") or real(a, b))
-    store.write_json(tmp_path / "x.json", 1)
-    assert done == [str(tmp_path / "x.json.partial"), "rename", str(tmp_path)]
+    synced = lambda handle: done.append(os.fstat(handle).st_ino)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("rename") or real(a, b))
+    folder.write_json(tmp_path / "x.json", 1)
+    assert done == [(tmp_path / "x.json").stat().st_ino, "rename"]
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------- damage
 
-FILES = [("rollouts/real/data-00000-of-00001.arrow", "collect", "ground"), ("grounded/model.safetensors", "ground", "imagine"),
-         ("grounded/config.json", "ground", "evaluate"), ("rollouts/hard/data-00000-of-00001.arrow", "imagine", "learn"),
-         ("quality.json", "imagine", "report"), ("policies/bc.safetensors", "learn", "evaluate"),
-         ("policies/goals.safetensors", "learn", "report"), ("results.json", "evaluate", "report")]
+FILES = {  # who writes and who reads them
+    "rollouts/real/data-00000-of-00001.arrow": ("collect", "ground"),
+    "grounded/model.safetensors": ("ground", "imagine"),
+    "grounded/config.json": ("ground", "evaluate"),
+    "rollouts/hard/data-00000-of-00001.arrow": ("imagine", "learn"),
+    "goals.jsonl": ("imagine", "act"),
+    "quality.json": ("imagine", "report"),
+    "policies/bc.safetensors": ("learn", "evaluate"),
+    "policies/goals.safetensors": ("learn", "report"),
+    "results.json": ("evaluate", "report"),
+}
 
 
-@pytest.mark.parametrize("name, writer, reader", FILES, ids=[name for name, _, _ in FILES])
-def test_a_damaged_file_is_named_with_the_stage_to_redo_before_it_is_read(smoke_run, tmp_path, capsys, monkeypatch, name, writer, reader):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    monkeypatch.setitem(kalm.RUN_STAGE, reader, lambda *_: pytest.fail("the stage was begun"))
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_with_the_stage_to_redo_before_it_is_read(
+    smoke_run, tmp_path, capsys, monkeypatch, name
+):
+    (writer, reader), run = FILES[name], shutil.copytree(smoke_run, tmp_path / "run")
+    fails = lambda *_: pytest.fail("the stage was begun")
+    unread = dataclasses.replace(kalm.STAGES[reader], function=fails)
+    monkeypatch.setitem(kalm.STAGES, reader, unread)
     whole = (run / name).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 16
-    for content, problem in ((flipped, "has changed"), (whole[:-1], "has changed"), (None, "is missing")):
+    options = ["--goal", "put red left of blue"] if reader == "act" else ["--force"]
+    cases = ((flipped, "has changed"), (whole[:-1], "has changed"), (None, "is missing"))
+    for content, problem in cases:
         (run / name).unlink() if content is None else (run / name).write_bytes(content)
-        assert kalm.main([*SMOKE, str(run), "--stage", reader, "--force"]) == 2
-        err = capsys.readouterr().err.strip().splitlines()[-1]
-        assert err == f"kalm: {run}: {name} {problem} since stage {writer!r} wrote it; redo it with `--stage {writer} --force`"
+        assert kalm.main([*SMOKE, run, "--stage", reader, *options]) == 2
+        problem = f"{run}: {name} {problem} since stage {writer!r} wrote it"
+        expected = f"{problem}; redo it with `--stage {writer} --force`"
+        assert expected in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_redoing_the_named_stage_mends_a_damaged_run(smoke_run, tmp_path):
     run = shutil.copytree(smoke_run, tmp_path / "run")
     (run / "quality.json").write_text("{}")
-    assert kalm.main([*SMOKE, str(run), "--stage", "learn", "--force"]) == 2
-    assert kalm.main([*SMOKE, str(run), "--stage", "imagine", "--force"]) == 0
-    assert (run / "quality.json").read_bytes() == (smoke_run / "quality.json").read_bytes()
-    assert kalm.main([*SMOKE, str(run), "--stage", "learn", "--force"]) == 0
+    assert kalm.main([*SMOKE, run, "--stage", "learn", "--force"]) == 2
+    assert kalm.main([*SMOKE, run, "--stage", "imagine", "--force"]) == 0
+    assert_as_if_nothing_had_been(run, smoke_run, "imagine")
+    assert kalm.main([*SMOKE, run, "--stage", "learn", "--force"]) == 0
 
 
 def test_a_manifest_cannot_point_out_of_its_folder(smoke_run, tmp_path, capsys):
     run = shutil.copytree(smoke_run, tmp_path / "run")
     (tmp_path / "secret").write_text("mine")
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["stages"]["collect"]["files"]["../secret"] = store.sha256(tmp_path / "secret")
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    assert kalm.main([*SMOKE, str(run), "--stage", "ground", "--force"]) == 2
+    manifest = folder.read_json(run / "manifest.json")
+    digest = folder.sha256(tmp_path / "secret")
+    manifest["stages"]["collect"]["files"]["../secret"] = digest
+    folder.write_json(run / "manifest.json", manifest)
+    assert kalm.main([*SMOKE, run, "--stage", "ground", "--force"]) == 2
     assert "../secret is outside of the folder" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------- room
-
-@pytest.mark.parametrize("stage", kalm.STAGES)
-def test_each_stage_asks_for_room_before_it_begins(smoke_run, tmp_path, monkeypatch, capsys, stage):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 4321, 4321))
-    monkeypatch.setitem(kalm.RUN_STAGE, stage, lambda *_: pytest.fail("the stage was begun"))
-    assert kalm.main([*SMOKE, str(run), "--stage", stage, "--force"]) == 2
-    err = capsys.readouterr().err
-    assert re.search(rf"kalm: stage '{stage}' writes about [\d.]+ .B to {run}, where 4.32 kB are free; make room", err)
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-
-
-def test_grounding_asks_for_the_room_of_its_checkpoints(smoke_run, tmp_path, monkeypatch, capsys):
-    run = up_to(smoke_run, tmp_path / "run", "ground")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 2 * 10 ** 6, 2 * 10 ** 6))
-    monkeypatch.setattr(ground, "train", lambda *_, **__: pytest.fail("training began"))
-    assert kalm.main([*SMOKE, str(run), "--stage", "ground"]) == 2
-    assert "stage 'ground' writes about" in capsys.readouterr().err
+# --------------------------------------------------------------------------------------- room
 
 
 @pytest.fixture
-def tiny_disk(tmp_path):
-    """A function: a file system of its own, of so many kB, with a copy of a run on it."""
+def small_disk(tmp_path):
+    """A function: a file system of its own, of so many MB, to be mounted in a new way."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
-    def mount(kilobytes, run=None):
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(disk)], capture_output=True)
-        if done.returncode:
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("only root can mount a file system")
-        if run:
-            shutil.copytree(run, disk / "run")
         return disk / "run"
+
     yield mount
     subprocess.run(["umount", str(disk)], capture_output=True)
 
 
-@pytest.mark.parametrize("stage", ("collect", "ground", "imagine", "learn", "evaluate", "report"))
-def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_once_there_is_room(smoke_run, tiny_disk, monkeypatch, capsys, stage):
-    used = sum(-(-p.stat().st_size // 4096) * 4 + 4 for p in smoke_run.rglob("*"))
-    run = tiny_disk(used + 200, smoke_run)
+@pytest.mark.parametrize("stage", list(kalm.STAGES)[:-1])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_room(
+    smoke_run, small_disk, capsys, stage
+):
+    run = up_to(smoke_run, small_disk("size=50m"), stage)
     filler = run.parent / "filler"
-    filler.write_bytes(b"x" * (shutil.disk_usage(run).free - 8192))
-    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    free = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10 ** 9))  # someone else fills it after the check
-    assert kalm.main([*SMOKE, str(run), "--stage", stage, "--force"]) == 2
-    err = capsys.readouterr().err
-    assert re.search(rf"kalm: stage '{stage}' cannot write {run.parent}\S*: the disk is full; it needs about [\d.]+ .B, .* are free", err), err
-    after = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file() and "unfinished" not in p.parts}
-    assert {p: b for p, b in after.items() if p.parts[0] != "logs"} == {p: b for p, b in before.items() if p.parts[0] != "logs"}
+    filler.write_bytes(bytes(shutil.disk_usage(run).free - 2 * 4096))
+    before = files_of(run, "unfinished", "logs", ".lock")
+    assert kalm.main([*SMOKE, run, "--stage", stage]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(rf"^kalm: stage '{stage}': .*No space left on device.*are kept$", err), err
+    assert files_of(run, "unfinished", "logs", ".lock") == before
     filler.unlink()
-    subprocess.run(["mount", "-o", "remount,size=50m", str(run.parent)], check=True)
-    monkeypatch.setattr(shutil, "disk_usage", free)
-    assert kalm.main([*SMOKE, str(run), "--stage", stage]) == 0 and results_of(run) == results_of(smoke_run)
+    assert kalm.main([*SMOKE, run, "--stage", stage]) == 0
+    assert_as_if_nothing_had_been(run, smoke_run, stage)
 
 
-def test_a_read_only_folder_is_one_sentence(smoke_run, tiny_disk, capsys):
-    run = tiny_disk(20_000, smoke_run)
-    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    subprocess.run(["mount", "-o", "remount,ro", str(run.parent)], check=True)
-    assert kalm.main([*SMOKE, str(run), "--force"]) == 2
+def test_a_read_only_folder_is_one_sentence(smoke_run, small_disk, capsys):
+    run = shutil.copytree(smoke_run, small_disk("size=50m"))
+    before = files_of(run)
+    small_disk("remount", "ro")
+    assert kalm.main([*SMOKE, run, "--force"]) == 2
     err = capsys.readouterr().err.strip()
     assert str(run) in err and "read-only" in err.lower() and "\n" not in err
-    assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert files_of(run) == before
 
 
-@pytest.mark.parametrize("error, words", [
-    (PermissionError(errno.EACCES, "Permission denied", "/run/x"), "cannot write /run/x: permission is denied"),
-    (OSError(errno.EROFS, "Read-only file system"), "it is read-only"),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota")])
-def test_permission_lost_while_a_stage_writes_is_one_sentence(smoke_run, tmp_path, monkeypatch, capsys, error, words):
-    def broken(options, state):
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/run/x"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("out of memory"),
+    ],
+)
+def test_an_error_that_nobody_foresaw_is_one_sentence_with_its_stage(
+    smoke_run, tmp_path, monkeypatch, capsys, error
+):
+    def broken(run, settings, work):
         raise error
+
     run = shutil.copytree(smoke_run, tmp_path / "run")
-    monkeypatch.setitem(kalm.RUN_STAGE, "learn", broken)
-    assert kalm.main([*SMOKE, str(run), "--stage", "learn", "--force"]) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("kalm: stage 'learn' cannot write") and words in err and "needs about" in err and "\n" not in err
+    stage = dataclasses.replace(kalm.STAGES["learn"], function=broken)
+    monkeypatch.setitem(kalm.STAGES, "learn", stage)
+    assert kalm.main([*SMOKE, run, "--stage", "learn", "--force"]) == 2
+    sentence = f"{type(error).__name__}: {error} (--traceback shows where)"
+    expected = f"kalm: stage 'learn': {sentence}; finished stages are kept"
+    assert capsys.readouterr().err.strip() == expected
+    with pytest.raises(type(error)):
+        kalm.main([*SMOKE, run, "--stage", "learn", "--force", "--traceback"])
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------ numbers
 
-def test_a_loss_that_is_not_finite_stops_grounding_with_step_row_and_task_and_the_checkpoint_stays(smoke_run, tmp_path, monkeypatch, capsys):
-    run, steps, real = up_to(smoke_run, tmp_path / "run", "ground"), [], ground.GroundingTrainer.compute_loss
+
+def test_a_loss_that_is_none_stops_grounding_with_step_row_and_task_and_the_checkpoint_stays(
+    smoke_run, tmp_path, monkeypatch, capsys
+):
+    run, steps = up_to(smoke_run, tmp_path / "run", "ground"), []
+    real = ground.GroundingTrainer.compute_loss
 
     def spoiled(self, model, inputs, *args, **kwargs):
         steps.append(len(inputs["states"]))
-        if len(steps) == 5:
+        if len(steps) == 7:
             inputs["states"][1] = torch.nan
         return real(self, model, inputs, *args, **kwargs)
+
     with monkeypatch.context() as patch:
         patch.setattr(ground.GroundingTrainer, "compute_loss", spoiled)
-        assert kalm.main([*SMOKE, str(run)]) == 2
-    err = capsys.readouterr().err
-    task = "|".join(kalm.TASKS)
-    assert re.search(rf"kalm: grounding, step 5: the loss is nan, from batch row 1 \(({task})(, ({task}))*\)", err), err
-    assert store.last_sealed(next((run / "unfinished").iterdir()), "checkpoint").name == "checkpoint-4"
-    assert kalm.main([*SMOKE, str(run)]) == 0 and results_of(run) == results_of(smoke_run)
+        assert kalm.main([*SMOKE, run]) == 2
+    task = "|".join(kalm.ground.TASKS)
+    where = rf"step 7: the loss is nan, from batch row 1 \(({task})(, ({task}))*\)"
+    assert re.search(rf"kalm: stage 'ground': grounding, {where}", capsys.readouterr().err)
+    (work,) = (run / "unfinished").iterdir()
+    assert logs.last_checkpoint(work) == str(work / "checkpoint-4")
+    assert kalm.main([*SMOKE, run, "--stage", "ground"]) == 0
+    assert_as_if_nothing_had_been(run, smoke_run, "ground")
 
 
-def test_a_gradient_that_is_not_finite_stops_grounding_before_the_weights_take_it(rollouts, tmp_path):
-    model, tokenizer = new_model(rollouts)
+def test_a_gradient_that_is_none_stops_grounding_before_the_weights_take_it(
+    world, rollouts, tmp_path
+):
+    model, tokenizer = new_model(world, rollouts)
     model.action_head[2].bias.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(FloatingPointError, match="grounding, step 1: the norm of the gradient is (nan|inf)"):
-        ground.train(model, tokenizer, rollouts[:20], tmp_path, steps=2, batch_examples=8)
-    assert all(p.isfinite().all() for p in model.parameters())
+    what = "grounding, step 1: the norm of the gradient is (nan|inf)"
+    data = (world, rollouts[:20], rollouts[20:22], grounding_settings(tmp_path, max_steps=2))
+    with pytest.raises(FloatingPointError, match=what):
+        ground.train(model, tokenizer, *data, tmp_path, tmp_path / "log.jsonl")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("algorithm", ("bc", "cql"))
-@pytest.mark.parametrize("field", ("obs", "next_obs", "reward"))
-def test_numbers_that_are_none_stop_offline_rl_with_method_step_seed_and_row(algorithm, field):
-    table = toy_table()
-    buffer = rl.Buffer(random_records(8), table)
-    getattr(buffer, field)[3] = torch.nan
-    if algorithm == "bc" and field != "obs":
-        rl.learn(algorithm, buffer, [], table.table, [0, 1], rl.RLConfig(steps=2, batch=64), "bc+kalm")  # it does not read them
-        return
-    with pytest.raises(FloatingPointError, match=rf"^{algorithm}\+kalm, step 1: the loss is nan and the norm of the gradient is nan, "
-                                                 r"from seed 0, batch row \d+;"):
-        rl.learn(algorithm, buffer, [], table.table, [0, 1], rl.RLConfig(steps=2, batch=64), f"{algorithm}+kalm")
-
-
-def test_a_seed_whose_numbers_are_none_is_told_from_the_others():
-    rows = torch.zeros(3, 5, 4)
-    rows[1, 4, 2] = torch.inf
-    with pytest.raises(FloatingPointError, match="here, step 7: the loss is nan, from seed 1, batch row 4;"):
-        rl.finite.check("here, step 7", {"loss": torch.tensor([0, torch.nan, 0])}, (torch.zeros(3, 5), rows), ("seed", "batch row"))
-
-
-@pytest.mark.parametrize("kind", ("relation", "step"))
-def test_an_imagined_state_that_is_not_finite_stops_with_action_row_and_goal(rollouts, kind):
-    model, tokenizer = new_model(rollouts)
-    goals = [g for g in env.sample_goals("easy" if kind == "step" else "offline", "test" if kind == "step" else "train", 4,
-                                         np.random.default_rng(0))]
+@pytest.mark.parametrize("level", ("offline", "easy"))
+def test_an_imagined_state_that_is_none_stops_with_action_row_and_goal(world, rollouts, level):
+    model, tokenizer = new_model(world, rollouts)
+    rng = np.random.default_rng(0)
+    goals = world.sample_goals(level, "train" if level == "offline" else "test", 4, rng)
     torch.nn.init.constant_(model.state_head[-1].bias, torch.inf)
-    with pytest.raises(FloatingPointError, match=f"rollout, action 1: the state is inf, from batch row 0 .{re.escape(goals[0].text)}"):
-        rollout.generate(model, tokenizer, goals, env.observe(env.initial_states(np.random.default_rng(0), 4)))
-
-
-def test_long_gradients_are_cut_for_each_seed_alone_and_their_norms_told():
-    network = rl.SeededMLP([0, 1], [6, 5, 4])
-    loss = network(torch.randn(2, 7, 4), torch.randn(2, 7, 2))[0].square().sum((1, 2))
-    (loss * torch.tensor([1e-3, 1e3])).sum().backward()
-    before = network.flat.grad.clone()
-    expected = [float((before[s].double() ** 2).sum()) ** 0.5 for s in range(2)]
-    assert expected[0] < 2 < expected[1]
-    assert rl.clip_gradients([network], 2.0).tolist() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(network.flat.grad[0], before[0])
-    torch.testing.assert_close(network.flat.grad[1], before[1] * 2 / expected[1])
+    what = rf"rollout, action 1: the state is inf, from batch row 0 .{re.escape(goals[0].text)}"
+    with pytest.raises(FloatingPointError, match=what):
+        starts = world.observe(env.unfulfilled_states(world, rng, goals))
+        rollout.generate(model, tokenizer, world, goals, starts)
 
 
 def test_the_norms_of_gradients_are_logged_by_both_trainers(smoke_run):
-    norms = json.loads((smoke_run / "policies" / "gradient_norms.json").read_text())
-    curves = json.loads((smoke_run / "policies" / "curves.json").read_text())
+    norms = folder.read_json(smoke_run / "policies" / "gradient_norms.json")
+    curves = folder.read_json(smoke_run / "policies" / "curves.json")
     assert norms.keys() == curves.keys()
-    assert all([s for s, _ in norms[m]] == [s for s, _ in curves[m]] and all(n > 0 for _, n in norms[m]) for m in norms)
-    log = json.loads((smoke_run / "grounded" / "metrics.json").read_text())["log"]
+    for method, curve in curves.items():
+        assert [step for step, _ in norms[method]] == [step for step, _ in curve]
+        assert all(norm > 0 for _, norm in norms[method])
+    log = folder.read_json(smoke_run / "grounded" / "metrics.json")["log"]
     assert all(entry["grad_norm"] > 0 for entry in log)
-
-
-def test_a_snapshot_taken_up_again_gives_the_same_policy_to_the_last_bit(tmp_path, monkeypatch):
-    table = toy_table()
-    real, imaginary = (rl.Buffer(random_records(9, seed), table) for seed in (0, 1))
-    config = rl.RLConfig(steps=9, batch=12)
-    straight, curve = rl.learn("cql", real, [imaginary], table.table, [3, 8], config)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, store, "keep_last", 4)
-        rl.learn("cql", real, [imaginary], table.table, [3, 8], config, snapshots=tmp_path, snapshot_minutes=0)
-    resumed, again = rl.learn("cql", real, [imaginary], table.table, [3, 8], config, snapshots=tmp_path, snapshot_minutes=1000)
-    assert again == curve and all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["cql-9", "cql-9.sealed"]
-
-
-def test_snapshots_of_offline_rl_come_by_the_clock(tmp_path, monkeypatch):
-    saved, clock = [], [0.0]
-    monkeypatch.setattr(rl.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(checkpoint, "save_training", lambda path, *_: saved.append(path.name))
-    real = rl.clip_gradients
-    monkeypatch.setattr(rl, "clip_gradients", lambda *a: clock.__setitem__(0, clock[0] + 60) or real(*a))
-    table = toy_table()
-    rl.learn("bc", rl.Buffer(random_records(9), table), [], table.table, [0], rl.RLConfig(steps=12, batch=4), snapshots=tmp_path)
-    assert saved == ["bc-5", "bc-10", "bc-12"]
