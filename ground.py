@@ -116,7 +116,7 @@ class GroundingArguments(transformers.TrainingArguments):
         return {"adapter": adapter_hashes(self.adapter)} if self.adapter != "none" else {}
 
 
-# What grounding's result follows from; other settings say where and how to compute, save and show.
+# What the result follows from; other settings say where and how to compute, save and show.
 TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank adapter tasks renamed_copies
 embedding_scale learning_rate new_learning_rate max_steps num_train_epochs lr_scheduler_type
 lr_scheduler_kwargs warmup_steps per_device_train_batch_size gradient_accumulation_steps optim
