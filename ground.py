@@ -117,11 +117,11 @@ class GroundingArguments(transformers.TrainingArguments):
 
 
 # What the result follows from; other settings say where and how to compute, save and show.
-TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank adapter tasks renamed_copies
-embedding_scale learning_rate new_learning_rate max_steps num_train_epochs lr_scheduler_type
-lr_scheduler_kwargs warmup_steps per_device_train_batch_size gradient_accumulation_steps optim
-optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
-neftune_noise_alpha train_sampling_strategy dataloader_drop_last auto_find_batch_size""".split()
+TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank adapter tasks
+renamed_copies embedding_scale learning_rate new_learning_rate max_steps num_train_epochs
+lr_scheduler_type lr_scheduler_kwargs warmup_steps per_device_train_batch_size optim
+gradient_accumulation_steps optim_args optim_target_modules weight_decay adam_beta1 adam_beta2
+adam_epsilon max_grad_norm neftune_noise_alpha dataloader_drop_last auto_find_batch_size""".split()
 
 # ----------------------------------------------------------------------------------------------
 # Prompts

@@ -441,6 +441,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "--traceback" in arguments:
             raise
         sentence = str(error)
+        if "unexpected pos" in sentence:  # how torch.save takes a write that fails
+            sentence = f"a file could not be written, is the disk full? ({sentence})"
         if not isinstance(error, (ValueError, FloatingPointError)):
             sentence = f"{type(error).__name__}: {sentence} (--traceback shows where)"
         if stages_begun:

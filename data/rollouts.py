@@ -4,7 +4,8 @@ The columns are described in data/README.md; a row is a rollout record (`env.rol
 Nothing here knows where a rollout comes from or what it is for.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -52,43 +53,49 @@ def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
 def read_rollouts(path: str | Path, world: env.World, with_states: bool = False) -> list[dict]:
     """Rollout records of a dataset folder, each checked by `check_record`.
 
-    States are large and stay on disk unless they are wanted. Lists of a fixed size, Array2D
-    columns and columns that are null throughout are taken too. Raises ValueError that names the
-    folder, the row and the field.
+    States are large and stay on disk unless they are wanted. Other types that can be cast to ours
+    are taken too. Raises ValueError that names the folder, the row and the field.
     """
+    with naming(path):
+        table = _read_table(path, with_states)
     records = []
-    for batch in _read_table(Path(path), with_states).to_batches(max_chunksize=1000):
+    for batch in table.to_batches(max_chunksize=1000):
         for record in batch.to_pylist():
-            try:
+            with naming(f"{path}, row {len(records)}"):
                 for name in ARRAYS:
                     if record.get(name) is not None:
                         record[name] = np.array(record[name], ARRAYS[name])
                 check_record(record, world)
-            except (ValueError, TypeError) as error:  # TypeError: null among numbers
-                raise ValueError(f"{path}, row {len(records)}: {error}") from None
             records.append(record)
-    if not records:
-        raise ValueError(f"{path}: the dataset has no rows")
     return records
 
 
 def _read_table(path, with_states):
     """The columns of a dataset folder that we know, in our types. Arrow data, and no code."""
-    wanted = [name for name in FEATURES if with_states or name != "states"]
+    data = datasets.load_from_disk(str(path)).with_format("arrow")
+    features = dict(FEATURES)
+    if not with_states:
+        del features["states"]
+    for name in OPTIONAL:
+        if name not in data.column_names:
+            features.pop(name, None)
+    table = data.select_columns(list(features))[:]
+    table.validate(full=True)  # what Arrow believes of a damaged file can end the process
+    if len(table) == 0:
+        raise ValueError("the dataset has no rows")
+    return table_cast(table, datasets.Features(features).arrow_schema)
+
+
+@contextlib.contextmanager
+def naming(where: str | Path) -> Iterator[None]:
+    """Whatever is raised in the block becomes a ValueError in one sentence that says where."""
     try:
-        data = datasets.load_from_disk(str(path)).with_format("arrow")
-        present = [name for name in wanted if name in data.column_names]
-        schema = datasets.Features({name: FEATURES[name] for name in present}).arrow_schema
-        table = data.select_columns(present)[:]
-        table.validate(full=True)  # what Arrow believes of a damaged file can end the process
-        table = table_cast(table, schema)
-    except Exception as error:  # what the library meets in a folder that is not its own
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a rollouts dataset ({reason})") from None
-    for name in wanted:
-        if name not in (*present, *OPTIONAL):
-            raise ValueError(f"{path}: column {name!r} is missing; data/README.md has the format")
-    return table
+        yield
+    except Exception as error:  # libraries raise whatever they meet in a damaged file
+        words = " ".join(str(error).split())[:300]
+        if not isinstance(error, ValueError):
+            words = f"damaged or of another format ({type(error).__name__}: {words})"
+        raise ValueError(f"{where}: {words}") from error
 
 
 def is_imagined(record: dict) -> bool:
@@ -98,9 +105,19 @@ def is_imagined(record: dict) -> bool:
 
 def check_record(record: dict, world: env.World) -> None:
     """Raise ValueError that says what is wrong with a rollout record, if anything is."""
+    check_arrays(record, world)
+    if not isinstance(record["success"], bool):
+        raise ValueError(f"success must be true or false, got {record['success']!r}")
+    if record["relations"] is None:
+        raise ValueError("relations must be a list, got null")
+    world.check_goal(env.goal_of(record))
+
+
+def check_arrays(record: dict, world: env.World) -> None:
+    """Raise ValueError unless the arrays of a record have its shapes, finite, actions in range."""
     steps = np.size(record["actions"]) if record["actions"] is not None else 0
     if steps == 0:
-        raise ValueError("a rollout needs at least one action")
+        raise ValueError("actions are missing; a rollout needs at least one action")
     shapes = {
         "observations": (steps + 1, world.observation_dim),
         "actions": (steps,),
@@ -120,8 +137,3 @@ def check_record(record: dict, world: env.World) -> None:
     least, most = record["actions"].min(), record["actions"].max()
     if least < 0 or most >= world.num_actions:
         raise ValueError(f"actions must be in 0..{world.num_actions - 1}, got {least}..{most}")
-    if not isinstance(record["success"], bool):
-        raise ValueError(f"success must be true or false, got {record['success']!r}")
-    if record["relations"] is None:
-        raise ValueError("relations must be a list, got null")
-    world.check_goal(env.goal_of(record))

