@@ -5,9 +5,9 @@ and where it says otherwise that is counted. A rollout ends with its first succe
 without is truncated, not terminal. This file knows nothing of learning or of stages.
 """
 
-import collections
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import env
-from data import minari_io, padded, recordings, rollouts
-from data.recordings import is_unknown, numbers, whole_actions
+from data import minari_io, recordings, rollouts
 from experiment import folder
 
 LEAST = 3  # rollouts: two are held out, one is learned from
@@ -28,51 +27,35 @@ NOTES = {  # what is said of the rollouts of a recording that needed it
 }
 
 
-def read(
-    path: str | Path, world: env.World, seed: int = 0
-) -> tuple[list[dict], collections.Counter]:
+def read(path: str | Path, world: env.World, seed: int = 0) -> tuple[list[dict], Counter]:
     """Rollout records of a file or folder, judged anew, and how many each of NOTES is true of.
 
     seed: draws one of several instructions. Raises ValueError that names file, row and field.
     """
-    path = Path(path)
-    notes = collections.Counter()
+    found = _recordings(Path(path), world, seed)
+    notes = Counter()
     records = []
-    found = _recordings(path, world, seed)
-    try:
-        for recording in found:
+    while True:
+        with rollouts.naming(f"{path}, row {len(records)}"):
+            recording = next(found, None)
+            if recording is None:
+                break
             record, row_notes = judged(recording, world)
-            records.append(record)
-            notes.update(row_notes)
-    except ValueError as error:
-        raise ValueError(f"{path}, row {len(records)}: {error}") from None
-    if not records:
-        raise ValueError(f"{path}: no rollouts in it; a recording needs at least one")
+        records.append(record)
+        notes.update(row_notes)
     return records, notes
 
 
 def _recordings(path, world, seed):
-    """The recordings of a file or folder, one by one. Raises ValueError that names the file."""
+    """An iterator over what a file or folder holds. Raises ValueError that names the file."""
     if (path / "state.json").is_file() or (path / "dataset_info.json").is_file():
-        return map(_own_recording, rollouts.read_rollouts(path, world, with_states=True))
-    try:
+        return iter(rollouts.read_rollouts(path, world, with_states=True))
+    with rollouts.naming(path):
         if path.is_dir():
             return minari_io.recordings_of(path)
-        if not path.exists():
-            raise ValueError("no such file or folder")
         if path.suffix.lower() not in recordings.READERS:
-            suffixes = ", ".join(recordings.READERS)
-            raise ValueError(
-                "no recording; give a rollouts dataset folder, a Minari dataset folder or a file "
-                f"of arrays ({suffixes})"
-            )
-        return padded.recordings_of(recordings.arrays_of(path), seed)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _own_recording(record):
-    return {**record, "goal": env.goal_of(record), "imagined": rollouts.is_imagined(record)}
+            raise ValueError(f"give a folder or a file of {', '.join(recordings.READERS)}")
+        return recordings.recordings_of(path, seed)
 
 
 def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[list[dict], str]:
@@ -82,131 +65,124 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
     longer than an episode, observations out of reach, fewer than LEAST that fulfil their goal.
     """
     records, notes = read(path, world, seed)
-    known = world.sample_goals("offline", "train", 100, np.random.default_rng(0))
-    kinds = {goal.kind for goal in known}
+    kinds = {g.kind for g in world.sample_goals("offline", "train", 100, np.random.default_rng(0))}
     for row, record in enumerate(records):
-        level, kind, steps = record["level"], record["kind"], len(record["actions"])
-        try:
-            if level != "offline" or kind not in kinds:
-                raise ValueError(
-                    f"level {level!r}, kind {kind!r}; offline rollouts are of level 'offline', "
-                    f"kind {' or '.join(sorted(kinds))}; novel goals go into --goals"
-                )
-            if steps > world.max_steps:
-                raise ValueError(
-                    f"actions has {steps} steps; an episode has at most {world.max_steps}"
-                )
-            _check_reach(record["observations"], world)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {row}: {error}") from None
+        with rollouts.naming(f"{path}, row {row}"):
+            _check_offline(record, world, kinds)
     kept = [record for record in records if record["success"]]
+    said = f"{len(kept)} of {len(records)} rollouts of {path} fulfil their goal"
     if len(kept) < LEAST:
+        raise ValueError(f"{path}: {said}; at least {LEAST} are needed")
+    notes_said = [NOTES[note].format(count) for note, count in sorted(notes.items())]
+    return kept, "; ".join([f"{said} and are kept", *notes_said])
+
+
+def _check_offline(record, world, kinds):
+    level, kind, steps = record["level"], record["kind"], len(record["actions"])
+    if level != "offline" or kind not in kinds:
         raise ValueError(
-            f"{path}: {len(kept)} of {len(records)} rollouts fulfil their goal; "
-            f"at least {LEAST} are needed"
+            f"level {level!r}, kind {kind!r} is not offline; use --goals for novel goals"
         )
-    said = [f"{len(kept)} of {len(records)} rollouts of {path} fulfil their goal and are kept"]
-    said += [NOTES[note].format(count) for note, count in sorted(notes.items())]
-    return kept, "; ".join(said)
+    if steps > world.max_steps:
+        raise ValueError(f"actions has {steps} steps; an episode has at most {world.max_steps}")
+    reach, limit = np.abs(record["observations"]).max(), world.observation_limit
+    if reach > limit:
+        raise ValueError(f"observations reach {reach:.3g}; in this world none is beyond {limit:g}")
 
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's. Raises ValueError if none."""
     path = Path(path)
-    if path.is_file():
-        return folder.sha256(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
+    for file in sorted([path, *path.rglob("*")]):
         if file.is_file():
-            digest.update(f"{file.relative_to(path).as_posix()}\0{folder.sha256(file)}\0".encode())
+            name = file.relative_to(path).as_posix()
+            digest.update(f"{name}\0{folder.sha256(file)}\0".encode())
     return digest.hexdigest()
 
 
 def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     """The rollout record of a recording, which ends with its first success, and its NOTES.
 
-    recording: goal (a Goal, or a dict of `goal` and perhaps `level`, `kind`, `relations` as JSON
-    text and `code`, numbers), observations (T+1, D or more) or (T, ...) with next_observations or
-    without, actions (T,), and where known rewards (T,), terminals (T,), states (T+1, S), imagined,
-    explanation, dynamics_error (T,).
+    recording: a rollout record, or of it goal (text), observations, actions and what is known, with
+    relations as JSON text or the goal's code (numbers), terminals (T,), observations wider or
+    without the last, which is in next_observations (T, D), or else is what the physics gives.
     """
-    goal = recording["goal"]
-    if isinstance(goal, dict):
-        goal = _goal_of_texts(goal, world)
-    imagined = bool(recording.get("imagined", False))
-    actions = whole_actions(recording["actions"], world.num_actions)
-    seen, is_completed = _observations(recording, actions, world)
+    goal = _goal(recording, world)
+    arrays, is_completed = _arrays(recording, world)
+    seen, actions = arrays["observations"], arrays["actions"]
+    imagined = goal.level != "offline" and "states" not in arrays
     encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
     met = world.success(encoded, seen[:-1], seen[1:], actions, imagined)
-    steps = int(met.argmax()) + 1 if met.any() else len(actions)
-    states = recording.get("states")
-    if np.shape(states) == (len(seen), world.state_dim) and not is_unknown(states):
-        states = numbers("states", states, np.shape(states))[: steps + 1]
-    else:
-        states = None  # of another world, or a row short
-    seen, actions = seen[: steps + 1], actions[:steps]
-    record = env.rollout_record(world, goal, seen, actions, states, imagined)
-    recorded = {"rewards": record["rewards"], "terminals": met[:steps]}
-    for name in ("rewards", "terminals", "dynamics_error"):
-        values = recording.get(name)
-        if values is not None and not (name == "dynamics_error" and is_unknown(values)):
-            recorded[name] = numbers(name, values, met.shape)[:steps]
-    if "dynamics_error" in recorded:
-        record["dynamics_error"] = recorded["dynamics_error"].astype(np.float32)
+    surplus = len(met) - 1 - int(met.argmax()) if met.any() else 0  # steps after the goal is met
+    arrays["met"] = met
+    arrays = {name: values[: len(values) - surplus] for name, values in arrays.items()}
+    seen, actions, met = arrays["observations"], arrays["actions"], arrays["met"]
+    record = env.rollout_record(world, goal, seen, actions, arrays.get("states"), imagined)
+    if "dynamics_error" in arrays:
+        record["dynamics_error"] = arrays["dynamics_error"].astype(np.float32)
     if recording.get("explanation"):
-        record["explanation"] = recording["explanation"].replace("\0", "\ufffd")
-    rollouts.check_record(record, world)
-    off = np.abs(recorded["rewards"] - record["rewards"]) > REWARD_TOLERANCE
-    is_contradicted = off.any() or ((recorded["terminals"] != 0) != met[:steps]).any()
-    is_cut = steps < len(met)
+        record["explanation"] = recording["explanation"]
+    differences = np.abs(arrays.get("rewards", record["rewards"]) - record["rewards"])
+    has_other_ends = ((arrays.get("terminals", met) != 0) != met).any()
     found = {
-        "completed": is_completed and not is_cut,
-        "contradicted": is_contradicted,
-        "cut": is_cut,
+        "cut": surplus > 0,
+        "contradicted": has_other_ends or (differences > REWARD_TOLERANCE).any(),
+        "completed": is_completed and surplus == 0,
     }
     return record, [note for note in NOTES if found[note]]
 
 
-def _observations(recording, actions, world):
-    """(observations (T+1, D) float32, whether the last was not recorded and is the physics')."""
-    seen = recording["observations"]
-    shape = (len(actions), world.observation_dim)
-    if np.shape(seen)[:1] != shape[:1]:
-        shape = (shape[0] + 1, shape[1])
-        return numbers("observations", seen, shape, longer=True), False
-    before = numbers("observations", seen, shape, longer=True)
-    following = recording.get("next_observations")
-    if following is None:
-        _check_reach(before, world)
-        last = world.state_from_observation(before[-1:])
-        after = world.observe(world.step_batch(last, actions[-1:]))
-    else:
-        after = numbers("next_observations", following, shape, longer=True)
-        if (np.abs(after[:-1] - before[1:]) > 1e-4).any():
+def _goal(recording, world):
+    """The goal of a recording; one that names no relations is read from its code or sentence."""
+    if "goal" not in recording:
+        raise ValueError("no text of the goal, so it cannot be judged; record infos/goal with it")
+    text, level = recording["goal"], recording.get("level", "offline")
+    if "code" in recording or "relations" not in recording:
+        return replace(world.recorded_goal(text, recording.get("code")), level=level)
+    relations = recording["relations"]
+    if isinstance(relations, str):
+        with rollouts.naming("relations, a text, is not JSON"):
+            relations = json.loads(relations)
+    kind = recording.get("kind", world.kinds[0])
+    goal = {"text": text, "level": level, "kind": kind, "relations": relations}
+    return env.goal_from_json(goal, world)
+
+
+def _arrays(recording, world):
+    """The arrays of a recording as a record has them, and whether the physics gave the last one."""
+    arrays = {}
+    for name in ("observations", "next_observations", "states", *recordings.PER_STEP):
+        if recording.get(name) is not None:
+            values = recordings.numbers(name, recording[name])
+            is_column = name in recordings.PER_STEP and values.shape[1:] == (1,)
+            arrays[name] = values[:, 0] if is_column else values
+    actions = arrays["actions"]
+    if (actions != np.floor(actions)).any():
+        raise ValueError("actions must be whole numbers, and some are not")
+    arrays["actions"] = actions.astype(np.int64)
+    seen = arrays["observations"][..., : world.observation_dim].astype(np.float32)
+    following = arrays.pop("next_observations", None)
+    is_completed = len(seen) == len(actions) and following is None
+    if is_completed:
+        seen = np.concatenate([seen, seen[-1:]])
+    elif len(seen) == len(actions):
+        if not (np.abs(following[:-1] - seen[1:]) <= 1e-4).all():
             raise ValueError("next_observations of a step are not the observations of the next")
-    return np.concatenate([before, after[-1:]]), following is None
-
-
-def _check_reach(observations, world):
-    reach, limit = np.abs(observations).max(), world.observation_limit
-    if reach > limit:
-        raise ValueError(f"observations reach {reach:.3g}; in this world none is beyond {limit:g}")
-
-
-def _goal_of_texts(texts, world):
-    """The goal of a recording's texts; one that names no relations is read from its sentence."""
-    level = texts.get("level", "offline")
-    if "code" in texts or "relations" not in texts:
-        return replace(world.recorded_goal(texts["goal"], texts.get("code")), level=level)
-    try:
-        relations = json.loads(texts["relations"])
-    except (json.JSONDecodeError, RecursionError):
-        raise ValueError('relations is not JSON; write [["red", "blue", "behind"]]') from None
-    kind = texts.get("kind", world.kinds[0])
-    record = {"text": texts["goal"], "level": level, "kind": kind, "relations": relations}
-    return env.goal_from_json(record, world)
+        seen = np.concatenate([seen, following[-1:].astype(np.float32)])
+    arrays["observations"] = seen
+    if np.shape(arrays.get("states")) != (len(seen), world.state_dim):
+        arrays.pop("states", None)  # of another world, or a row short
+    for name in {"states", "dynamics_error"} & arrays.keys():
+        if np.isnan(arrays[name]).all():  # known of other rollouts in the file
+            del arrays[name]
+    rollouts.check_arrays({"rewards": np.zeros(len(actions)), **arrays}, world)
+    if is_completed:
+        last = world.state_from_observation(seen[-2:-1])
+        seen[-1:] = world.observe(world.step_batch(last, arrays["actions"][-1:]))
+    return arrays, is_completed
 
 
 def export(run: Path, kinds: Sequence[str], world: env.World, encode: Callable) -> None:
@@ -219,6 +195,6 @@ def export(run: Path, kinds: Sequence[str], world: env.World, encode: Callable) 
         name = state.parent.name
         records, _ = read(state.parent, world)
         if "npz" in kinds:
-            padded.write_npz(run / "export" / f"{name}.npz", records, encode)
+            recordings.write_npz(run / "export" / f"{name}.npz", records, encode)
         if "minari" in kinds:
             minari_io.write_minari(run / "export" / "kalm" / f"{name}-v0", records, world)

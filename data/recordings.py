@@ -2,26 +2,29 @@
 
 Read are the authors' pickled .npy (several instructions, `goals` as numbers) and ImagineBench's
 .npz, .npy and .hdf5 (an encoding behind the observations, goals in words); written is .npz.
-Files are read as data: nothing that one names is imported or called. This file judges nothing.
+Nothing that a file names is imported or called. This file judges nothing.
 """
 
+import io
 import json
+import pickle
 import pickletools
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data import rollouts
 from experiment import folder
 
 LARGEST = 8 * 2**30  # bytes of arrays that are read from one file
-PER_STEP = ("actions", "rewards", "terminals", "masks", "dynamics_error")
-TEXTS = ("instructions", "level", "kind", "relations", "explanations")  # one or more a rollout
-FIELDS = ("observations", "next_observations", "goals", "states", "imagined", *PER_STEP, *TEXTS)
+PER_STEP = ("actions", "rewards", "terminals", "dynamics_error")
+TEXTS = {
+    name: name for name in ("level", "kind", "relations")
+}  # fields, and what records call them
+TEXTS |= {"instructions": "goal", "explanations": "explanation"}
+FIELDS = ("observations", "next_observations", "states", "masks", "goals", *PER_STEP, *TEXTS)
 
 
 def recordings_of(path: Path, seed: int) -> Iterator[dict]:
@@ -33,52 +36,45 @@ def recordings_of(path: Path, seed: int) -> Iterator[dict]:
     for name in ("observations", "actions", "masks", "instructions"):
         if name not in fields:
             raise ValueError(f"field {name!r} is missing; data/README.md describes the format")
-    count = len(fields["masks"])
     for name, values in fields.items():
-        if name not in TEXTS:
-            fields[name] = numbers(name, values)
-        if name in PER_STEP and values.shape[2:] == (1,):
-            fields[name] = values[..., 0]
-        if len(values) != count:
-            raise ValueError(f"{name} has {len(values)} rollouts, masks {count}")
-    rng = np.random.default_rng(seed)
-    rows = ({name: values[row] for name, values in fields.items()} for row in range(count))
-    return (_recording(row, rng) for row in rows)
+        if len(values) != len(fields["masks"]):
+            raise ValueError(f"{name} has {len(values)} rollouts, masks {len(fields['masks'])}")
+    return _recordings(fields, np.random.default_rng(seed))
+
+
+def _recordings(fields, rng):
+    for row in range(len(fields["masks"])):
+        yield _recording({name: values[row] for name, values in fields.items()}, rng)
 
 
 def _recording(fields, rng):
-    mask = fields["masks"]
+    mask = numbers("masks", fields["masks"])
+    mask = mask.reshape(len(mask))
     steps = int((mask != 0).sum())
-    if mask.ndim != 1 or (mask != (np.arange(len(mask)) < steps)).any():
+    if (mask != (np.arange(len(mask)) < steps)).any():
         raise ValueError("masks must be ones for the steps of the rollout, then zeros")
-    goal = {"goal": _drawn(fields["instructions"], rng)}
-    for name in ("level", "kind", "relations"):
-        if name in fields:
-            goal[name] = text_of(name, fields[name])
+    texts = fields["instructions"]
+    if not isinstance(texts, (str, bytes)):
+        fields["instructions"] = list(texts)[rng.integers(len(texts))]
+    recording = {}
+    for name in TEXTS.keys() & fields.keys():
+        recording[TEXTS[name]] = text_of(name, fields[name])
     if "goals" in fields:
-        goal["code"] = fields["goals"]
-    recording = {"goal": goal, "imagined": fields.get("imagined", False)}
-    if "explanations" in fields:
-        recording["explanation"] = text_of("explanations", fields["explanations"])
-    for name in ("actions", "rewards", "terminals", "dynamics_error", "next_observations"):
-        if name in fields:
-            recording[name] = fields[name][:steps]
-    for name in ("observations", "states"):
-        if name in fields:  # perhaps with what follows the last action
-            recording[name] = fields[name][: steps + len(fields[name]) - len(mask)]
-    for name in ("states", "dynamics_error"):
-        if np.isnan(recording.get(name, 0)).all():  # this rollout does not have it
-            del recording[name]
+        recording["code"] = numbers("goals", fields["goals"])
+    for name in {"next_observations", *PER_STEP} & fields.keys():
+        recording[name] = fields[name][:steps]
+    for name in {"observations", "states"} & fields.keys():
+        after = len(fields[name]) - len(mask)  # with what follows the last action, or without
+        recording[name] = fields[name][: steps + after]
     return recording
 
 
-def _drawn(texts, rng):
-    """One of a rollout's instructions."""
-    if isinstance(texts, (str, bytes)):
-        texts = [texts]
-    if np.ndim(texts) != 1 or len(texts) == 0:
-        raise ValueError("instructions must be texts, one or several a rollout")
-    return text_of("instructions", texts[rng.integers(len(texts))])
+def texts_of(record: dict) -> dict[str, str]:
+    """What a record says in words, relations as JSON."""
+    texts = {name: record[name] for name in ("goal", "level", "kind")}
+    texts["relations"] = json.dumps(record["relations"])
+    texts["explanation"] = (record.get("explanation") or "").replace("\0", "\ufffd")
+    return texts
 
 
 def text_of(field: str, value: object) -> str:
@@ -98,42 +94,70 @@ def numbers(field: str, values: object) -> np.ndarray:
     return values
 
 
+def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:
+    """Records as a dict of arrays, padded to the longest rollout.
+
+    Observations end in the goal text's encoding, if there is one.
+    """
+    lengths = np.array([len(record["actions"]) for record in records])
+    steps = int(lengths.max())
+    left = lengths[:, None] - np.arange(steps)  # the last step has one left
+    success = np.array([record["success"] for record in records])
+    seen = _padded([record["observations"][:-1] for record in records], steps)
+    texts = [texts_of(record) for record in records]
+    fields = {name: np.array([text[field] for text in texts]) for name, field in TEXTS.items()}
+    fields["masks"] = (left > 0).astype(np.int32)
+    fields["terminals"] = (left == 1) & success[:, None]
+    fields["next_observations"] = _padded([r["observations"][1:] for r in records], steps)
+    for name in ("actions", "rewards", "states", "dynamics_error"):
+        values = [record.get(name) for record in records]
+        if any(value is not None for value in values):
+            fields[name] = _padded(values, steps + (name == "states"))
+    if encode is not None:
+        encodings = np.asarray(encode([text["goal"] for text in texts]), np.float32)
+        seen = np.concatenate([seen, np.repeat(encodings[:, None], steps, 1)], -1)
+    with folder.replacing(path) as aside, open(aside, "wb") as stream:
+        np.savez_compressed(stream, observations=seen, **fields)
+
+
+def _padded(values, steps):
+    """Arrays of rollouts as one, (N, steps, ...): zero past the end; NaN in place of None."""
+    like = next(value for value in values if value is not None)
+    array = np.zeros((len(values), steps, *like.shape[1:]), like.dtype)
+    for row, value in enumerate(values):
+        array[row, : None if value is None else len(value)] = np.nan if value is None else value
+    return array
+
+
 # ----------------------------------------------------------------------------------------------
-# Files
+# Files as {field: array}
 
 
 def _read_npy(path):
     with open(path, "rb") as stream:
         np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        if shape != () or dtype != object:
-            raise ValueError("it holds a single array; a recording is a dict of arrays")
-        found = unpickle(stream.read())
+        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+        found = unpickle(stream.read()) if shape == () else "single array"
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}; a recording is a dict of arrays")
     return {name: found[name] for name in FIELDS if name in found}
 
 
 def _read_npz(path):
+    arrays = {}
     with zipfile.ZipFile(path) as archive:
-        members = {name: f"{name}.npy" for name in FIELDS if f"{name}.npy" in archive.namelist()}
-        _check_size(archive.getinfo(member).file_size for member in members.values())
-        arrays = {}
-        for name, member in members.items():
+        members = [member for member in archive.infolist() if member.filename[:-4] in FIELDS]
+        _check_size(member.file_size for member in members)
+        for member in members:
             with archive.open(member) as stream:
-                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                array = np.lib.format.read_array(stream, allow_pickle=False)
+            arrays[member.filename[:-4]] = array
     return arrays
 
 
 def _read_hdf5(path):
     with open_hdf5(path) as file:
         return {name: file[name][()] for name in FIELDS if name in file}
-
-
-def _check_size(sizes):
-    size = sum(sizes)
-    if size > LARGEST:
-        raise ValueError(f"its arrays take {size} bytes; at most {LARGEST} are read from a file")
 
 
 def open_hdf5(path: Path):  # noqa: ANN201 - h5py is optional
@@ -145,146 +169,71 @@ def open_hdf5(path: Path):  # noqa: ANN201 - h5py is optional
     file = h5py.File(path)
     sizes = []
 
-    def lies_elsewhere(name, link):
-        if not isinstance(link, h5py.HardLink):
-            return name
-        if isinstance(file[name], h5py.Dataset):
-            sizes.append(file[name].nbytes)
-            if file[name].external or file[name].is_virtual:
-                return name
-        return None
+    def name_if_elsewhere(name, link):
+        found = file[name] if isinstance(link, h5py.HardLink) else None
+        sizes.append(getattr(found, "nbytes", 0))
+        is_here = found is not None and not getattr(found, "external", None)
+        return None if is_here and not getattr(found, "is_virtual", False) else name
 
-    found = file.visititems_links(lies_elsewhere)
-    if found is not None:
-        raise ValueError(f"{found} is a link, or lies in another file; refused")
+    elsewhere = file.visititems_links(name_if_elsewhere)
+    if elsewhere is not None:
+        raise ValueError(f"{elsewhere} is a link, or lies in another file; refused")
     _check_size(sizes)
     return file
+
+
+def _check_size(sizes):
+    size = sum(sizes)
+    if size > LARGEST:
+        raise ValueError(f"its arrays take {size} bytes; at most {LARGEST} are read from a file")
 
 
 READERS = {".npy": _read_npy, ".npz": _read_npz, ".hdf5": _read_hdf5, ".h5": _read_hdf5}
 
 # ----------------------------------------------------------------------------------------------
-# Pickles: a stack machine for the opcodes that plain values and arrays need, which calls nothing
+# Pickles: Python's own unpickler, given nothing that could run
+
+
+def unpickle(data: bytes) -> object:
+    """The value of pickled bytes: plain values and arrays. Raises ValueError, and others."""
+    for opcode, argument, position in pickletools.genops(data):  # sizes that the data cannot hold
+        takes_memory = opcode.name.endswith("PUT") and int(argument) > position
+        if takes_memory or opcode.name.startswith("EXT"):  # which can get past find_class
+            raise ValueError(f"the pickle has the opcode {opcode.name} as no recording; refused")
+    value = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        """What stands in for a name: made anew each time, as a pickle can change what it names."""
+        stand_ins = {
+            "numpy.core.multiarray._reconstruct": lambda *_: _Array(0),
+            "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.value)[0],
+            "numpy.dtype": lambda code, *_: _Dtype(code),
+            "numpy.ndarray": lambda: None,
+        }
+        name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if name not in stand_ins:
+            raise ValueError(f"the pickle names {name[:60]!a}, which is no array; refused")
+        return stand_ins[name]
 
 
 class _Dtype:
     """A dtype, made from a code; then told its byte order."""
 
-    def __init__(self, code, *_):
+    def __init__(self, code):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,6}|O8?", code):
             raise ValueError(f"the pickle has an array of type {code!a}, not numbers or texts")
-        self.value = np.dtype(code.removesuffix("8") if code[0] == "O" else code)
+        self.value = np.dtype(code.replace("O8", "O"))
+
+    def __setstate__(self, state):
+        self.value = self.value.newbyteorder(state[1])
 
 
-STAND_INS = {  # for what a pickle may name
-    "numpy.ndarray": None,
-    "numpy.dtype": _Dtype,
-    "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0),
-    "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype.value)[0],
-}
-TAKEN = {  # values from the top of the stack; None: all above the mark
-    "TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "APPENDS": None,
-    "SETITEM": 2, "SETITEMS": None, "STACK_GLOBAL": 2, "REDUCE": 2, "BUILD": 1,
-}  # fmt: skip
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-VALUES = """BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE BINUNICODE8
-SHORT_BINUNICODE BINBYTES BINBYTES8 SHORT_BINBYTES""".split()
+class _Array(np.ndarray):
+    """An array, made empty; then filled. numpy sees to it that the bytes fill the shape."""
 
-
-def unpickle(data: bytes) -> object:
-    """The value of pickled bytes, as numpy.save writes them. Raises ValueError, and others."""
-    stack, marks, memo = [], [], {}
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        taken = []
-        if name in TAKEN:
-            start = marks.pop() if TAKEN[name] is None else len(stack) - TAKEN[name]
-            taken = stack[start:]
-            del stack[start:]
-        if name in VALUES:
-            stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
-            stack.append([] if name == "EMPTY_LIST" else {})
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name.startswith("TUPLE"):
-            stack.append(tuple(taken))
-        elif name.startswith("APPEND"):
-            stack[-1].extend(taken)
-        elif name.startswith("SETITEM"):
-            _set_items(stack[-1], taken)
-        elif name.endswith("GLOBAL"):
-            stack.append(_stand_in(".".join(taken) or argument.replace(" ", ".")))
-        elif name == "REDUCE":
-            stack.append(taken[0](*taken[1]))
-        elif name == "BUILD":
-            _set_state(stack[-1], *taken)
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"the pickle has the opcode {name}, which no array needs; refused")
-    value = stack.pop()
-    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
-
-
-def _stand_in(name):
-    name = name.replace("numpy._core.", "numpy.core.")
-    if name not in STAND_INS:
-        raise ValueError(f"the pickle names {name[:60]!a}, no array and no plain value; refused")
-    return STAND_INS[name]
-
-
-def _set_items(target, items):
-    for key in items[::2]:
-        if not isinstance(key, (str, int)):  # the hash of nested tuples can take for ever
-            raise ValueError("the pickle has a dict whose keys are no texts; refused")
-    target.update(zip(items[::2], items[1::2]))
-
-
-def _set_state(target, state):
-    if isinstance(target, _Dtype):
-        target.value = target.value.newbyteorder(state[1])
-    else:  # numpy sees to it that the bytes fill the shape
+    def __setstate__(self, state):
         version, shape, dtype, is_fortran, data = state
-        np.ndarray.__setstate__(target, (version, shape, dtype.value, is_fortran, data))
-
-
-# ----------------------------------------------------------------------------------------------
-# Writing
-
-
-def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:
-    """Records as a dict of arrays, padded to the longest rollout.
-
-    Observations end in the goal text's encoding, if there is one.
-    """
-    path = Path(path)
-    lengths = np.array([len(record["actions"]) for record in records])
-    steps = int(lengths.max())
-    left = lengths[:, None] - np.arange(steps)  # the last step has one left
-    success = np.array([record["success"] for record in records])
-    fields = {
-        "masks": (left > 0).astype(np.int32),
-        "terminals": (left == 1) & success[:, None],
-        "relations": np.array([json.dumps(record["relations"]) for record in records]),
-        "imagined": np.array([rollouts.is_imagined(record) for record in records]),
-        "next_observations": _padded([record["observations"][1:] for record in records], steps),
-    }
-    texts = {"instructions": "goal", "level": "level", "kind": "kind", "explanations": "explanation"}
-    for name, field in texts.items():
-        fields[name] = np.array([record.get(field) or "" for record in records])
-    for name in ("actions", "rewards", "states", "dynamics_error"):
-        values = [record.get(name) for record in records]
-        if any(value is not None for value in values):
-            fields[name] = _padded(values, steps + (name == "states"))
-    before = _padded([record["observations"][:-1] for record in records], steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with folder.replacing(path) as aside, tempfile.TemporaryFile(dir=path.parent) as scratch:
-        if encode is not None:
-            ...
-        with open(aside, "wb") as stream:
-            np.savez_compressed(stream, **fields)
+        super().__setstate__((version, shape, dtype.value, is_fortran, data))

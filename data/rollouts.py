@@ -18,26 +18,15 @@ from experiment import folder
 TEXT = datasets.Value("string")
 FLOATS = datasets.List(datasets.Value("float32"))
 FEATURES = datasets.Features(
-    goal=TEXT,
-    level=TEXT,
-    kind=TEXT,
-    relations=datasets.List(datasets.List(TEXT)),
-    observations=datasets.List(FLOATS),
-    actions=datasets.List(datasets.Value("int64")),
-    rewards=FLOATS,
-    success=datasets.Value("bool"),
+    goal=TEXT, level=TEXT, kind=TEXT, relations=datasets.List(datasets.List(TEXT)),
+    observations=datasets.List(FLOATS), actions=datasets.List(datasets.Value("int64")),
+    rewards=FLOATS, success=datasets.Value("bool"),
     states=datasets.List(datasets.List(datasets.Value("float64"))),
-    explanation=TEXT,
-    dynamics_error=FLOATS,
-)
+    explanation=TEXT, dynamics_error=FLOATS,
+)  # fmt: skip
 OPTIONAL = ("states", "explanation", "dynamics_error")
-ARRAYS = {
-    "observations": np.float32,
-    "actions": np.int64,
-    "rewards": np.float32,
-    "states": np.float64,
-    "dynamics_error": np.float32,
-}
+ARRAYS = {"actions": np.int64, "states": np.float64}
+ARRAYS |= dict.fromkeys(("observations", "rewards", "dynamics_error"), np.float32)
 
 
 def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
@@ -56,15 +45,15 @@ def read_rollouts(path: str | Path, world: env.World, with_states: bool = False)
     States are large and stay on disk unless they are wanted. Other types that can be cast to ours
     are taken too. Raises ValueError that names the folder, the row and the field.
     """
-    with naming(path):
+    with naming(f"{path} is not a rollouts dataset"):
         table = _read_table(path, with_states)
     records = []
     for batch in table.to_batches(max_chunksize=1000):
         for record in batch.to_pylist():
             with naming(f"{path}, row {len(records)}"):
-                for name in ARRAYS:
+                for name, dtype in ARRAYS.items():
                     if record.get(name) is not None:
-                        record[name] = np.array(record[name], ARRAYS[name])
+                        record[name] = np.array(record[name], dtype)
                 check_record(record, world)
             records.append(record)
     return records
@@ -73,16 +62,13 @@ def read_rollouts(path: str | Path, world: env.World, with_states: bool = False)
 def _read_table(path, with_states):
     """The columns of a dataset folder that we know, in our types. Arrow data, and no code."""
     data = datasets.load_from_disk(str(path)).with_format("arrow")
-    features = dict(FEATURES)
-    if not with_states:
-        del features["states"]
-    for name in OPTIONAL:
-        if name not in data.column_names:
-            features.pop(name, None)
+    lacking = [name for name in OPTIONAL if name not in data.column_names]
+    skipped = lacking if with_states else [*lacking, "states"]
+    features = {name: FEATURES[name] for name in FEATURES if name not in skipped}
     table = data.select_columns(list(features))[:]
     table.validate(full=True)  # what Arrow believes of a damaged file can end the process
     if len(table) == 0:
-        raise ValueError("the dataset has no rows")
+        raise ValueError("it has no rows")
     return table_cast(table, datasets.Features(features).arrow_schema)
 
 
@@ -94,7 +80,7 @@ def naming(where: str | Path) -> Iterator[None]:
     except Exception as error:  # libraries raise whatever they meet in a damaged file
         words = " ".join(str(error).split())[:300]
         if not isinstance(error, ValueError):
-            words = f"damaged or of another format ({type(error).__name__}: {words})"
+            words = f"damaged, or not of its format ({type(error).__name__}: {words})"
         raise ValueError(f"{where}: {words}") from error
 
 
@@ -114,20 +100,16 @@ def check_record(record: dict, world: env.World) -> None:
 
 
 def check_arrays(record: dict, world: env.World) -> None:
-    """Raise ValueError unless the arrays of a record have its shapes, finite, actions in range."""
-    steps = np.size(record["actions"]) if record["actions"] is not None else 0
+    """Raise ValueError unless arrays have a record's shapes, are finite, and actions in range."""
+    steps = 0 if record["actions"] is None else len(record["actions"])
     if steps == 0:
-        raise ValueError("actions are missing; a rollout needs at least one action")
-    shapes = {
-        "observations": (steps + 1, world.observation_dim),
-        "actions": (steps,),
-        "rewards": (steps,),
-        "states": (steps + 1, world.state_dim),
-        "dynamics_error": (steps,),
-    }
+        raise ValueError("a rollout needs at least one action")
+    shapes = dict.fromkeys(("actions", "rewards", "terminals", "dynamics_error"), (steps,))
+    shapes["observations"] = (steps + 1, world.observation_dim)
+    shapes["states"] = (steps + 1, world.state_dim)
     for field, shape in shapes.items():
         values = record.get(field)
-        if values is None and field in OPTIONAL:
+        if values is None and field in ("terminals", *OPTIONAL):
             continue
         found = np.shape(values)
         if found != shape:

@@ -152,16 +152,17 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
                 manifest.stages[name] = {**record, "time_s": seconds, "files": {}}
                 leave_records(plan, name)
                 manifest.note(name, stage.writes)
+                log = manifest.run / "logs" / "stages.jsonl"
+                folder.append_json(log, stage=name, time_s=seconds)
             print(f"{name} took {seconds:.0f} s", flush=True)
         state.wait_for_everyone()
 
 
 def leave_records(plan: Plan, name: str) -> None:
-    """What a finished stage leaves beside its result: a line in the log, the settings of all stages
-    that are done in config.yaml, and these and the seconds of each in results.json.
+    """What a finished stage leaves beside its result: the settings of all stages that are done in
+    config.yaml, and these and the seconds of each in results.json.
     """
     run, done = plan.manifest.run, plan.manifest.stages
-    folder.append_json(run / "logs" / "stages.jsonl", stage=name, time_s=done[name]["time_s"])
     config = dict(plan.shared)
     for record in done.values():
         config |= record["settings"]

@@ -1,11 +1,13 @@
-"""Speed beside peers and limits, measured in one run: `python tests/bench.py`, once tests/bench_requirements.txt is installed.
+"""Speed beside peers and limits: `python tests/bench.py`, once bench_requirements.txt is installed.
 
-Each row times ours and the other in turn, several times, and compares the medians. `--only WORD ...` takes the rows that have one of
-the words in their name, `--json FILE` keeps the figures, `--memory` measures the peak memory of every stage and `--growth` how the
-cost of each stage grows. `--growth --json docs/growth.json` is what RESULTS.md reads.
+Each row times ours and the other in turn, several times, and compares the medians. `--only WORD
+...` takes the rows that have one of the words in their name, `--json FILE` keeps the figures,
+`--memory` measures the peak memory of every stage and `--growth` how the cost of each stage grows.
+`--growth --json docs/growth.json` is what docs/results.py reads.
 """
+
+# ruff: noqa: E402
 import argparse
-import json
 import os
 import platform
 import re
@@ -14,117 +16,171 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import mujoco  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import mujoco
+import numpy as np
+import torch
 
-import env  # noqa: E402
-import ground  # noqa: E402
-import kalm  # noqa: E402
-import rl  # noqa: E402
-import rollout  # noqa: E402
-from data import llm as llm_source  # noqa: E402
-from data import store  # noqa: E402
-from model import ACTION, STATE, KalmForRollouts, segment_mask  # noqa: E402
+import env
+import ground
+import kalm
+import rl
+import rollout
+from data import grounded, llm
+from data.transitions import Buffer, GoalTable, encode_texts
+from experiment import folder
+from experiment.command import bf16_is_fast
+from model import ACTION, STATE, KalmForRollouts, segment_mask
+from worlds import clevr_robot
 
-CORES = env.available_threads()
-NEVER = [(0, 1, 0), (0, 1, 2)]  # red behind and in front of blue at once: a goal that keeps a rollout going
+WORLD = env.make("clevr_robot")
+CORES = clevr_robot.available_threads()
+BF16 = bf16_is_fast()
 
 
 def in_turn(ours, other, repeats):
     """Median seconds of two functions that are called in turn, after a first call of each."""
-    ours(), other()
-    times = [[], []]
+    ours()
+    other()
+    times = {ours: [], other: []}
     for _ in range(repeats):
-        for function, found in zip((ours, other), times):
-            started = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - started)
-    return tuple(map(statistics.median, times))
+        for function, found in times.items():
+            found.append(timed(function))
+    return [statistics.median(found) for found in times.values()]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Environment
+def timed(function):
+    """Seconds of a call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
-def scene(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return env.initial_states(rng, n), rng.integers(env.NUM_ACTIONS, size=n)
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16, enabled=BF16)
+
+
+# ----------------------------------------------------------------------------------------------
+# The world
+
+
+def scene(count):
+    rng = np.random.default_rng(0)
+    return WORLD.initial_states(rng, count), rng.integers(WORLD.num_actions, size=count)
 
 
 def step_beside_bare_physics():
-    """env.step_batch on one thread; a loop of mj_step over the same model from the same states."""
+    """World.step_batch on one thread; a loop of mj_step over the same model and states."""
     states, actions = scene(512)
-    model = env.physics_model()
-    data = mujoco.MjData(model)
+    data = mujoco.MjData(clevr_robot.PHYSICS)
 
     def bare():
         for state, action in zip(states, actions):
-            data.qpos, data.qvel, data.ctrl = state[:37], state[37:], env.PUSH_VECTORS[action % 8]
-            for _ in range(env.PHYSICS_STEPS):
-                mujoco.mj_step(model, data)
-    return in_turn(lambda: env.step_batch(states, actions, threads=1), bare, 7)
+            data.qpos, data.qvel = state[:37], state[37:]
+            data.ctrl = clevr_robot.PUSH_VECTORS[action % 8]
+            for _ in range(clevr_robot.PHYSICS_STEPS):
+                mujoco.mj_step(clevr_robot.PHYSICS, data)
+
+    return in_turn(lambda: WORLD.step_batch(states, actions, threads=1), bare, 7)
 
 
 def step_on_all_cores():
-    """Seconds of env.step_batch on all cores, and on one divided by their number."""
-    states, actions = scene(2048)
-    many, one = in_turn(lambda: env.step_batch(states, actions, threads=CORES), lambda: env.step_batch(states, actions, threads=1), 7)
-    return many, one / CORES
+    """World.step_batch on all cores; on one, divided by their number."""
+    many, one = (partial(WORLD.step_batch, *scene(2048), threads=count) for count in (CORES, 1))
+    ours, other = in_turn(many, one, 7)
+    return ours, other / CORES
 
 
 def reset_beside_step():
-    """ClevrRobotEnv.reset; ClevrRobotEnv.step."""
-    world = env.ClevrRobotEnv()
-    world.reset(seed=0)
-    return in_turn(lambda: [world.reset() for _ in range(100)], lambda: [world.step(i % 40) for i in range(100)], 9)
+    """WorldEnv.reset; WorldEnv.step."""
+    face = env.WorldEnv(WORLD)
+    face.reset(seed=0)
+
+    def steps():
+        for number in range(100):
+            face.step(number % WORLD.num_actions)
+
+    return in_turn(lambda: [face.reset() for _ in range(100)], steps, 9)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Offline RL
 
-def random_buffer(n=20000, texts=500, hidden=384):
-    """A buffer of random transitions whose policy input has 394 numbers, with its goal table."""
+
+def random_buffer(transitions=20000, texts=500, hidden=384):
+    """A buffer of random transitions whose policy input has 394 numbers, and its goal table."""
     rng = np.random.default_rng(0)
-    table = rl.GoalTable([str(i) for i in range(texts)], torch.randn(texts, hidden, generator=torch.Generator().manual_seed(0)))
-    records = [{"observations": rng.normal(size=(11, 10)).astype(np.float32), "actions": rng.integers(40, size=10),
-                "rewards": rng.normal(size=10).astype(np.float32), "success": bool(rng.random() < 0.5),
-                "goal": str(rng.integers(texts))} for _ in range(n // 10)]
-    return rl.Buffer(records, table), table.table
+    encodings = torch.randn(texts, hidden, generator=torch.Generator().manual_seed(0))
+    records = []
+    for _ in range(transitions // 10):
+        record = {
+            "observations": rng.normal(size=(11, 10)).astype(np.float32),
+            "actions": rng.integers(40, size=10),
+            "rewards": rng.normal(size=10).astype(np.float32),
+            "success": bool(rng.random() < 0.5),
+            "goal": str(rng.integers(texts)),
+        }
+        records.append(record)
+    table = GoalTable([str(text) for text in range(texts)], encodings)
+    return Buffer(records, table), encodings
 
 
-def cql_beside_d3rlpy(batch, bf16=kalm.bf16_is_fast(), steps=150, sampled_before=False):
-    """Drawing a batch and a step of CQL with one seed, as `--scale cpu` takes it; the same of d3rlpy's DiscreteCQL with equal sizes, as
-    its `fit` does, without its logging. sampled_before: d3rlpy's batches are drawn outside the time, ours within it."""
+def learning(algorithm, data, seeds=1, **config):
+    """A function that learns, with as many steps as config says."""
+    config = rl.RLConfig(observation_scale=WORLD.observation_scale, **config)
+    buffer, table = data
+    return lambda: rl.learn(algorithm, buffer, [], table, range(seeds), config, WORLD.num_actions)
+
+
+def cql_beside_d3rlpy(batch, bf16=BF16, steps=150, drawn=False):
+    """Drawing a batch and a step of CQL with one seed, as `--scale cpu` takes it; the same of
+    d3rlpy's DiscreteCQL with equal sizes, as its `fit` does, without its logging. drawn:
+    d3rlpy's batches are drawn outside the time, ours within it.
+    """
     import d3rlpy
-    buffer, table = random_buffer()
-    inputs = torch.cat([rl.scaled(buffer.obs), table[buffer.goal]], -1).numpy()
-    episodes = d3rlpy.dataset.MDPDataset(observations=inputs, actions=buffer.action.numpy(), rewards=buffer.reward.numpy(),
-                                         terminals=np.arange(len(buffer)) % 10 == 9, action_size=env.NUM_ACTIONS)
-    peer = d3rlpy.algos.DiscreteCQLConfig(batch_size=batch, encoder_factory=d3rlpy.models.VectorEncoderFactory([256, 256])).create()
+
+    data = random_buffer()
+    columns = data[0].transitions
+    inputs = torch.cat([columns.obs / WORLD.observation_scale, data[1][columns.goal]], -1).numpy()
+    episodes = d3rlpy.dataset.MDPDataset(
+        observations=inputs,
+        actions=columns.action.numpy(),
+        rewards=columns.reward.numpy(),
+        terminals=np.arange(len(inputs)) % 10 == 9,
+        action_size=WORLD.num_actions,
+    )
+    factory = d3rlpy.models.VectorEncoderFactory([256, 256])
+    peer = d3rlpy.algos.DiscreteCQLConfig(batch_size=batch, encoder_factory=factory).create()
     peer.build_with_dataset(episodes)
     batches = [episodes.sample_transition_batch(batch) for _ in range(steps)]
 
     def fit():
-        for drawn in batches:
-            peer.update(drawn if sampled_before else episodes.sample_transition_batch(batch))
-    config = rl.RLConfig(steps=steps, batch=batch, bf16=bf16)
-    ours, other = in_turn(lambda: rl.learn("cql", buffer, [], table, [0], config), fit, 5)
+        for before in batches:
+            peer.update(before if drawn else episodes.sample_transition_batch(batch))
+
+    ours, other = in_turn(learning("cql", data, steps=steps, batch=batch, bf16=bf16), fit, 5)
     return ours / steps, other / steps
 
 
-def cql_beside_its_products(batch, seeds=1, steps=150, dtype=torch.bfloat16 if kalm.bf16_is_fast() else torch.float32):
-    """A step of CQL; its matrix products alone (online network at s and s', target at s', gradients) with AdamW: what no code in torch
-    can go below."""
-    buffer, table = random_buffer()
-    layers = [(env.OBSERVATION_DIM, 256), (table.shape[1], 256), (256, 256), (256, env.NUM_ACTIONS)]
-    tensors = [[torch.randn(seeds, *shape, dtype=dtype) for shape in ((batch, i), (i, o), (batch, o))] for i, o in layers]
-    flat = torch.nn.Parameter(torch.randn(seeds, sum(i * o + o for i, o in layers)))
-    flat.grad, optimizer = torch.randn_like(flat), torch.optim.AdamW([flat], lr=1e-3, fused=True)
+def cql_beside_its_products(batch, steps=150):
+    """A step of CQL; its matrix products alone (online network at s and s', target at s',
+    gradients) with AdamW: what no code in torch can go below.
+    """
+    data = random_buffer()
+    layers = [(10, 256), (data[1].shape[1], 256), (256, 256), (256, WORLD.num_actions)]
+    dtype = torch.bfloat16 if BF16 else torch.float32
+    tensors = []
+    for fan_in, fan_out in layers:
+        shapes = ((1, batch, fan_in), (1, fan_in, fan_out), (1, batch, fan_out))
+        tensors.append([torch.randn(shape, dtype=dtype) for shape in shapes])
+    flat = torch.nn.Parameter(torch.randn(1, sum(i * o + o for i, o in layers)))
+    flat.grad = torch.randn_like(flat)
+    optimizer = torch.optim.AdamW([flat], lr=1e-3, fused=True)
 
     def products():
         for _ in range(steps):
@@ -135,189 +191,381 @@ def cql_beside_its_products(batch, seeds=1, steps=150, dtype=torch.bfloat16 if k
                 if layer > 1:
                     torch.bmm(gradient, weight.mT)
             optimizer.step()
-    config = rl.RLConfig(steps=steps, batch=batch, bf16=dtype == torch.bfloat16)
-    ours, floor = in_turn(lambda: rl.learn("cql", buffer, [], table, list(range(seeds)), config), products, 5)
+
+    ours, floor = in_turn(learning("cql", data, steps=steps, batch=batch, bf16=BF16), products, 5)
     return ours / steps, floor / steps
 
 
-def three_seeds(batch=256, steps=200):
+def three_seeds(batch, steps=200):
     """A step of CQL with three seeds; with one."""
-    buffer, table = random_buffer()
-    config = rl.RLConfig(steps=steps, batch=batch, bf16=kalm.bf16_is_fast())
-    three, one = in_turn(*(lambda seeds=seeds: rl.learn("cql", buffer, [], table, seeds, config) for seeds in ([0, 1, 2], [0])), 5)
-    return three / steps, one / steps
+    options = {"steps": steps, "batch": batch, "bf16": BF16}
+    three, one = (learning("cql", random_buffer(), seeds, **options) for seeds in (3, 1))
+    ours, other = in_turn(three, one, 5)
+    return ours / steps, other / steps
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Imagining
 
+
 def default_model(merged=False):
-    """The grounded model and tokenizer of `--scale cpu`: SmolLM2's first layers with the released adapter, merged to imagine."""
-    llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), 6)
-    model = KalmForRollouts.from_adapter(llm, kalm.RELEASED).eval()
+    """The grounded model and tokenizer of `--scale cpu`: SmolLM2's first layers with the released
+    adapter, merged to imagine.
+    """
+    language_model, tokenizer = llm.load(llm.resolve("smollm2"), 6)
+    model = KalmForRollouts.from_adapter(language_model, grounded.RELEASED).eval()
     return model.merge_adapters() if merged else model, tokenizer
+
+
+def prompts_of(tokenizer, goals):
+    ids = [ground.prompt_ids(tokenizer, "generation", goal.text) for goal in goals]
+    return [ground.text_positions(each) for each in ids]
+
+
+def novel(count):
+    """Rephrased goals, and observations to start from."""
+    goals = WORLD.sample_goals("rephrase", "test", count, np.random.default_rng(0))
+    states = env.unfulfilled_states(WORLD, np.random.default_rng(1), goals)
+    return goals, WORLD.observe(states)
 
 
 @torch.inference_mode()
 def generate_without_cache(model, tokenizer, goals, observations, max_steps):
-    """Greedy rollouts as the authors' loop makes them: for each action and each state the whole sequence runs again."""
-    paths, moves = [[o] for o in observations], [[] for _ in goals]
-    prompts = [ground.text_positions(ground.prompt_ids(tokenizer, "generation", g.text)) for g in goals]
+    """Greedy rollouts as the authors' loop makes them: for each action and each state the whole
+    sequence runs again. Returns actions and observations.
+    """
+    paths = [[obs] for obs in observations]
+    taken = [[] for _ in goals]
+    prompts = prompts_of(tokenizer, goals)
     for _ in range(max_steps):
-        sequences = [p + ground.rollout_positions(np.array(path), a) for p, path, a in zip(prompts, paths, moves)]
-        actions = rollout.prefill(model, sequences)[0].action_logits[:, -1].argmax(-1).tolist()
-        sequences = [s + [(ACTION, a, path[-1], False)] for s, a, path in zip(sequences, actions, paths)]
-        nexts = rollout.prefill(model, sequences)[0].state_pred[:, -1].numpy()
-        for path, move, action, state in zip(paths, moves, actions, nexts):
+        sequences = []
+        for prompt, path, actions in zip(prompts, paths, taken):
+            sequences.append(prompt + ground.rollout_positions(np.array(path), actions))
+        chosen = rollout.Sequences(model, sequences).out.action_logits[:, -1].argmax(-1).tolist()
+        for sequence, action, path in zip(sequences, chosen, paths):
+            sequence.append(ground.Position(ACTION, action, path[-1]))
+        states = rollout.Sequences(model, sequences).out.state_pred[:, -1].numpy()
+        for path, actions, action, state in zip(paths, taken, chosen, states):
             path.append(state)
-            move.append(action)
-    return [np.array(m) for m in moves], [np.array(p) for p in paths]
+            actions.append(action)
+    return np.array(taken), np.array(paths)
 
 
-def imagine_beside_no_cache(goals=64, actions=20):
-    """64 greedy rollouts of 20 actions for goals that nothing fulfils; without a cache, once (longer ones favour the cache more)."""
+def imagine_beside_no_cache(count=64, steps=20):
+    """Greedy rollouts for a goal that nothing fulfils; without a cache, once (longer ones favour
+    the cache more).
+    """
     model, tokenizer = default_model(merged=True)
-    wanted = [env.Goal("Put the red ball behind and in front of the blue ball.", "hard", "relations", tuple(NEVER))] * goals
-    starts = env.observe(env.initial_states(np.random.default_rng(0), goals))
-    rollout.generate(model, tokenizer, wanted[:2], starts[:2], max_steps=2)
+    never = (("red", "blue", "behind"), ("red", "blue", "front"))
+    text = "Put the red ball behind and in front of the blue ball."
+    goals = [env.Goal(text, "hard", "relations", never)] * count
+    starts = WORLD.observe(WORLD.initial_states(np.random.default_rng(0), count))
+    rollout.generate(model, tokenizer, WORLD, goals[:2], starts[:2], max_steps=2)
     began = time.perf_counter()
-    records = rollout.generate(model, tokenizer, wanted, starts, max_steps=actions)
+    records = rollout.generate(model, tokenizer, WORLD, goals, starts, max_steps=steps)
     between = time.perf_counter()
-    moves, paths = generate_without_cache(model, tokenizer, wanted, starts, actions)
+    actions, _ = generate_without_cache(model, tokenizer, goals, starts, steps)
     ended = time.perf_counter()
-    parted = [int(np.append(r["actions"] != m, True).argmax()) for r, m in zip(records, moves)]  # the first action that is another
-    gap = max(np.abs(r["observations"][:n + 1] - p[:n + 1]).max() for r, p, n in zip(records, paths, parted))
-    print(f"  greedy rollouts alike in all {actions} actions: {sum(n == actions for n in parted)} of {goals}; until their actions part "
-          f"(first: {min(parted)}), their states differ by {gap:.1e} m at most")
+    alike = [(record["actions"] == taken).all() for record, taken in zip(records, actions)]
+    print(f"  greedy rollouts alike in all {steps} actions: {sum(alike)} of {count}")
     return between - began, ended - between
 
 
 @torch.inference_mode()
 def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
-    """Greedy rollouts with a cache, all rows kept until the last one ends. Returns how many actions each row needed."""
-    array, obs = env.goal_array(goals), torch.as_tensor(observations)
-    out, mask, positions = rollout.prefill(model, [
-        ground.text_positions(ground.prompt_ids(tokenizer, "generation", g.text)) + ground.rollout_positions([o])
-        for g, o in zip(goals, observations)])
-    cache, one, ended = out.cache, mask.new_ones(len(goals), 1), np.zeros(len(goals), int)
+    """Greedy rollouts with a cache, all rows kept until the last one ends. Returns how many actions
+    each row needs.
+    """
+    encoded = WORLD.encode_goals(goals)
+    obs = torch.as_tensor(observations)
+    prompts = prompts_of(tokenizer, goals)
+    starts = [
+        prompt + ground.rollout_positions([row]) for prompt, row in zip(prompts, observations)
+    ]
+    sequences = rollout.Sequences(model, starts)
+    needed = np.zeros(len(goals), int)
     for step in range(max_steps):
-        actions = out.action_logits[:, -1].argmax(-1)
-        mask = torch.cat([mask, one], 1)
-        out = rollout.decode_one(model, ACTION, actions, obs, mask, positions, cache)
-        judged = env.success(array, obs.numpy(), out.state_pred[:, -1].numpy(), actions.numpy(), imagined=True)
-        ended[(ended == 0) & (judged | (step == max_steps - 1))] = step + 1
-        obs = out.state_pred[:, -1]
-        if (ended > 0).all():
+        actions = sequences.out.action_logits[:, -1].argmax(-1)
+        sequences.feed(ACTION, actions, obs)
+        expected = sequences.out.state_pred[:, -1]
+        arrays = [tensor.numpy() for tensor in (obs, expected, actions)]
+        ends = WORLD.success(encoded, *arrays, imagined=True) | (step == max_steps - 1)
+        needed[(needed == 0) & ends] = step + 1
+        if needed.all():
             break
-        mask = torch.cat([mask, one], 1)
-        out = rollout.decode_one(model, STATE, torch.zeros_like(actions), obs, mask, positions + 1, cache)
-        positions = positions + 2
-    return ended
+        obs = expected
+        sequences.feed(STATE, torch.zeros_like(actions), obs)
+    return needed
 
 
-def imagine_mixed_lengths(goals=256, actions=50):
-    """Greedy rollouts for rephrased goals, which end at different times; the same, all rows kept until the last ends."""
-    model, tokenizer = default_model(merged=True)
-    rng = np.random.default_rng(0)
-    wanted = sorted(env.sample_goals("rephrase", "test", goals, rng), key=lambda g: len(g.text))
-    starts = env.observe(env.unfulfilled_states(rng, wanted))
-    lengths = [len(r["actions"]) for r in rollout.generate(model, tokenizer, wanted, starts, max_steps=actions)]
-    alike = np.mean(lengths == generate_keeping_rows(model, tokenizer, wanted, starts, actions))
-    print(f"  rollouts of {statistics.median(lengths):.0f} actions in the median, {max(lengths)} at most; {alike:.1%} alike")
-    return in_turn(lambda: rollout.generate(model, tokenizer, wanted, starts, max_steps=actions),
-                   lambda: generate_keeping_rows(model, tokenizer, wanted, starts, actions), 3)
+def imagine_mixed_lengths(count=256, steps=50):
+    """Greedy rollouts for rephrased goals, which end at different times; the same, all rows kept
+    until the last ends.
+    """
+    model, goals = default_model(merged=True), novel(count)
+    ours = partial(rollout.generate, *model, WORLD, *goals, max_steps=steps)
+    other = partial(generate_keeping_rows, *model, *goals, steps)
+    lengths = [len(record["actions"]) for record in ours()]
+    alike = np.mean(lengths == other())
+    print(
+        f"  {statistics.median(lengths):.0f} actions in the median, {max(lengths)} at most", end=""
+    )
+    print(f"; {alike:.1%} alike")
+    return in_turn(ours, other, 3)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Grounding
+
 
 def real_rollouts(goals=200):
     """Expert rollouts as `collect` makes them: six for each goal text."""
     rng = np.random.default_rng(0)
-    wanted = [g for g in env.sample_goals("offline", "train", goals, rng) for _ in range(6)]
-    array = env.goal_array(wanted)
-    records = env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), wanted, env.unfulfilled_states(rng, wanted), 20)
-    return [r for r in records if r["success"]]
+    wanted = WORLD.sample_goals("offline", "train", goals, rng)
+    return [record for record in expert_rollouts(wanted * 6, rng) if record["success"]]
+
+
+def expert_rollouts(goals, rng):
+    encoded = WORLD.encode_goals(goals)
+    states = env.unfulfilled_states(WORLD, rng, goals)
+
+    def expert(obs, rows):
+        return WORLD.expert_actions(encoded[rows], obs)
+
+    return env.run_episodes(WORLD, expert, goals, states, 20)
+
+
+def examples_of(tokenizer, records, count=32):
+    """Grounding examples, and the numbers of some of them."""
+    examples = ground.GroundingExamples(records, tokenizer, WORLD)
+    return examples, np.random.default_rng(0).permutation(len(examples))[:count]
 
 
 def train_step(model, batch):
-    with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
+    with autocast():
         loss = model(**batch).loss
     loss.backward()
     model.zero_grad()
 
 
 def packed_rows():
-    """Forward and backward over 32 packed examples; over the same pairs of a rollout and a task, one a padded row."""
+    """Forward and backward over 32 packed examples; over the same pairs of a rollout and a task,
+    one a padded row.
+    """
     model, tokenizer = default_model()
-    records = real_rollouts()
-    examples = ground.GroundingExamples(records, tokenizer)
-    rows = np.random.default_rng(0).permutation(len(examples))[:32]
-    together = ground.pack([examples[i] for i in rows])
-    alone = ground.pack([ground.make_example(task, tokenizer, [records[r]]) for task, group in (examples.examples[i] for i in rows)
-                         for r in group], row_length=1)
-    print(f"  {len(alone['input_ids'])} pairs of a rollout and a task: {tuple(together['input_ids'].shape)} positions packed, "
-          f"{tuple(alone['input_ids'].shape)} padded")
-    return in_turn(lambda: train_step(model, together), lambda: train_step(model, alone), 5)
+    examples, numbers = examples_of(tokenizer, real_rollouts())
+    together = ground.pack([examples[number] for number in numbers])
+    pairs = []
+    for number in numbers:
+        task, rows = examples.examples[number]
+        for row in rows:
+            record = examples.rollouts[row]
+            pairs.append(ground.make_example(task, tokenizer, WORLD, [record]))
+    alone = ground.pack(pairs, row_length=1)
+    shapes = [tuple(batch["input_ids"].shape) for batch in (together, alone)]
+    print(f"  {len(pairs)} pairs of a rollout and a task: packed {shapes[0]}, padded {shapes[1]}")
+    return in_turn(partial(train_step, model, together), partial(train_step, model, alone), 5)
 
 
 def step_beside_backbone():
-    """Forward, losses and backward over 32 packed examples; the bare backbone's over the same positions and mask."""
+    """Forward, losses and backward over 32 packed examples; the bare backbone's over the same
+    positions and mask.
+    """
     model, tokenizer = default_model()
-    examples = ground.GroundingExamples(real_rollouts(), tokenizer)
-    batch = ground.pack([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:32]])
+    examples, numbers = examples_of(tokenizer, real_rollouts())
+    batch = ground.pack([examples[number] for number in numbers])
     embeddings = model.embed(batch["input_ids"], batch["modality"], batch["states"]).detach()
+    embeddings.requires_grad_()
 
     def bare():
-        with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
-            hidden = model.backbone.base_model(inputs_embeds=embeddings.requires_grad_(), position_ids=batch["position_ids"],
-                                               attention_mask=segment_mask(batch["segments"], embeddings.dtype)).last_hidden_state
-        hidden.sum().backward()
+        with autocast():
+            out = model.backbone.base_model(
+                inputs_embeds=embeddings,
+                position_ids=batch["position_ids"],
+                attention_mask=segment_mask(batch["segments"], embeddings.dtype),
+            )
+        out.last_hidden_state.sum().backward()
         model.zero_grad()
         embeddings.grad = None
-    return in_turn(lambda: train_step(model, batch), bare, 7)
+
+    return in_turn(partial(train_step, model, batch), bare, 7)
 
 
 def data_loading():
-    """Making and packing 32 grounding examples; fifty times less than the step that they serve, which is the limit."""
+    """Making and packing 32 grounding examples; a fiftieth of the step that they serve."""
     model, tokenizer = default_model()
-    examples = ground.GroundingExamples(real_rollouts(), tokenizer)
-    rows = np.random.default_rng(0).permutation(len(examples))[:32]
-    batch = ground.pack([examples[i] for i in rows])
-    loading, step = in_turn(lambda: ground.pack([examples[i] for i in rows]), lambda: train_step(model, batch), 5)
+    examples, numbers = examples_of(tokenizer, real_rollouts())
+
+    def load():
+        return ground.pack([examples[number] for number in numbers])
+
+    loading, step = in_turn(load, partial(train_step, model, load()), 5)
     return loading, step / 50
 
 
 def goal_encoding(steps=200):
-    """Encoding the goal texts of `--scale cpu`; a fiftieth of what its eight methods then take to learn from them."""
-    llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), 4)
+    """Encoding the goal texts of `--scale cpu`; a fiftieth of what its eight methods then take to
+    learn from them.
+    """
+    language_model, tokenizer = llm.load(llm.resolve("smollm2"), 4)
     rng = np.random.default_rng(0)
-    texts = list({g.text for g in env.sample_goals("offline", "train", 6000, rng)}) + [
-        g.text for level in env.NOVEL_LEVELS for g in env.sample_goals(level, "test", 240, rng)]
-    buffer, table = random_buffer(hidden=576)
-    config = rl.RLConfig(steps=steps, batch=256, bf16=kalm.bf16_is_fast())
-    encoding, bc, cql = (in_turn(f, lambda: None, 2)[0] for f in (
-        lambda: rl.encode_texts(texts, llm.base_model, tokenizer),
-        *(lambda a=a: rl.learn(a, buffer, [], table, [0, 1, 2], config) for a in ("bc", "cql"))))
-    return encoding, 4 * (bc + cql) * 16000 / steps / 50
+    goals = WORLD.sample_goals("offline", "train", 6000, rng)
+    for level in env.NOVEL_LEVELS:
+        goals += WORLD.sample_goals(level, "test", 240, rng)
+    texts = list({goal.text for goal in goals})
+    encode = partial(encode_texts, texts, language_model.base_model, tokenizer)
+    data = random_buffer(hidden=576)
+    bc, cql = (learning(name, data, 3, steps=steps, bf16=BF16) for name in ("bc", "cql"))
+    encoding, *learned = (seconds(function, 2) for function in (encode, bc, cql))
+    return encoding, 4 * sum(learned) * rl.RLConfig.steps / steps / 50
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# How cost grows: functions that yield (what, sizes, seconds); largest: rollouts at most
+
+
+def seconds(function, repeats=3):
+    """Median of calls after a first one."""
+    return in_turn(function, lambda: None, repeats)[0]
+
+
+def grow_collect(largest):
+    sizes = [largest // 100, largest // 10, largest]
+    times = []
+    for count in sizes:
+        rng = np.random.default_rng(0)
+        goals = WORLD.sample_goals("offline", "train", count, rng)
+        times.append(timed(partial(expert_rollouts, goals, rng)))
+    yield "collect, by rollouts", sizes, times
+
+
+def grow_learn(largest):
+    sizes = [largest // 100, largest // 10, largest]
+    times = []
+    for count in sizes:
+        data = random_buffer(10 * count, texts=5000)
+        times.append(seconds(learning("cql", data, steps=200, bf16=BF16)))
+    yield "learn, 200 CQL steps of one seed, by rollouts in the buffer", sizes, times
+
+
+def grow_layers(largest):
+    records = real_rollouts(60)
+    layers = [2, 6, 12, 30]
+    grounding = []
+    imagining = []
+    statistics_of_states = grounded.observation_statistics(records, WORLD.objects)
+    for kept in layers:
+        language_model, tokenizer = llm.load(llm.resolve("smollm2"), kept)
+        options = {"lora_rank": 64, "objects": WORLD.objects, **statistics_of_states}
+        model = KalmForRollouts.from_llm(language_model, **options)
+        model.get_input_embeddings().weight.requires_grad_(False)
+        examples, numbers = examples_of(tokenizer, records, 8)
+        batch = ground.pack([examples[number] for number in numbers])
+        grounding.append(seconds(partial(train_step, model, batch)))
+        model.merge_adapters()
+        imagine = partial(rollout.generate, model, tokenizer, WORLD, *novel(32), max_steps=10)
+        with autocast():
+            imagining.append(timed(imagine))
+    positions = int((batch["modality"] >= 0).sum())
+    yield (
+        f"ground, a LoRA step of 8 examples ({positions:,} positions), by layers",
+        layers,
+        grounding,
+    )
+    yield "imagine, 32 rollouts of at most 10 actions, by layers", layers, imagining
+
+
+def grow_imagine(largest):
+    model, tokenizer = default_model(merged=True)
+    sizes = [count for count in (64, 256, 1024) if count <= largest]
+    times = []
+    for count in sizes:
+        imagine = partial(
+            rollout.generate_all, model, tokenizer, WORLD, *novel(count), max_steps=10
+        )
+        with autocast():
+            times.append(timed(imagine))
+    yield "imagine, six layers, at most 10 actions, by rollouts", sizes, times
+
+
+def grow_processes(largest):
+    times = []
+    for processes in (1, 2):
+        launch = [sys.executable]
+        if processes > 1:
+            launch += f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
+        with tempfile.TemporaryDirectory() as run:
+            command = [*launch, ROOT / "kalm.py", "--scale", "cpu", "--train_goals", "600"]
+            command += f"--adapter none --max_steps 24 --output_dir {run}".split()
+            command += ["--per_device_train_batch_size", str(16 // processes), "--stage"]
+            threads = {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
+            done = subprocess.run(
+                [*command, "collect", "ground"],
+                env={**os.environ, **threads},
+                capture_output=True,
+                encoding="utf-8",
+                check=True,
+            )
+        times.append(float(re.search(r"train_runtime': '?([0-9.]+)", done.stdout)[1]))
+    yield "ground, 24 steps of 16 examples shared among processes", [1, 2], times
+
+
+def measure_growth(options, found):
+    print("| what | sizes | seconds | exponent |\n" + "| --- " * 4 + "|")
+    for part in (grow_collect, grow_learn, grow_layers, grow_imagine, grow_processes):
+        if not any(word in part.__name__ for word in options.only):
+            continue
+        for name, sizes, times in part(options.largest):
+            exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]  # b of time ~ size^b
+            found[name] = {"sizes": sizes, "seconds": times, "exponent": exponent}
+            columns = [", ".join(f"{size:,}" for size in sizes)]
+            columns.append(", ".join(f"{time:.3g}" for time in times))
+            print(f"| {name} | {' | '.join(columns)} | {exponent:.2f} |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory
+
+MEMORY_LIMIT = 4 * 2**30
+BRIEFLY = "--adapter none --max_steps 20 --temperatures 1 --rl_steps 300"  # on as much data
+
+
+def measure_memory(options, found):
+    """The peak of each stage at `--scale cpu`, in a process of its own; long stages take fewer
+    steps.
+    """
+    print("| stage | peak | at most | |\n" + "| --- " * 4 + "|")
+    with tempfile.TemporaryDirectory() as run:
+        for stage in list(kalm.STAGES)[:-1]:
+            command = [sys.executable, ROOT / "kalm.py", "--scale", "cpu", *BRIEFLY.split()]
+            command += ["--output_dir", run, "--stage", stage]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"stage {stage} failed while its memory was measured")
+            peak = usage.ru_maxrss * 1024
+            found[f"peak memory, {stage}"] = {"bytes": peak, "limit": MEMORY_LIMIT}
+            verdict = "met" if peak <= MEMORY_LIMIT else "NOT MET"
+            print(f"| {stage} | {peak / 2**30:.2f} GiB | 4 GiB | {verdict} |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
 # The table
 
+PEER, DRAWN, FLOOR = "d3rlpy 2.8.1", "d3rlpy, batches drawn before", "its products and AdamW"
 ROWS = {  # name: (function, what the other is, how often its time ours may take at most)
     "env step, one thread": (step_beside_bare_physics, "loop of mj_step", 1.15),
     "env step, all cores": (step_on_all_cores, "one thread / cores", 1 / 0.85),
     "env reset": (reset_beside_step, "env step", 1),
-    "CQL step, batch 32": (lambda: cql_beside_d3rlpy(32), "d3rlpy 2.8.1", 1 / 5),
-    "CQL step, batch 256": (lambda: cql_beside_d3rlpy(256), "d3rlpy 2.8.1", 1 / 6),
-    "CQL step, batch 256, float32": (lambda: cql_beside_d3rlpy(256, bf16=False), "d3rlpy 2.8.1", 1 / 6),
-    "CQL step, batch 32, strictly": (lambda: cql_beside_d3rlpy(32, sampled_before=True), "d3rlpy, batches drawn before", 1 / 5),
-    "CQL step, batch 256, strictly": (lambda: cql_beside_d3rlpy(256, sampled_before=True), "d3rlpy, batches drawn before", 1 / 6),
-    "CQL step, batch 32, floor": (lambda: cql_beside_its_products(32), "its products and AdamW", None),
-    "CQL step, batch 256, floor": (lambda: cql_beside_its_products(256), "its products and AdamW", None),
-    "CQL step, three seeds": (three_seeds, "one seed", 1.6),
-    "CQL step, three seeds, batch 32": (lambda: three_seeds(32), "one seed", 1.6),
+    "CQL step, batch 32": (partial(cql_beside_d3rlpy, 32), PEER, 1 / 5),
+    "CQL step, batch 256": (partial(cql_beside_d3rlpy, 256), PEER, 1 / 6),
+    "CQL step, batch 256, float32": (partial(cql_beside_d3rlpy, 256, False), PEER, 1 / 6),
+    "CQL step, batch 32, strictly": (partial(cql_beside_d3rlpy, 32, drawn=True), DRAWN, 1 / 5),
+    "CQL step, batch 256, strictly": (partial(cql_beside_d3rlpy, 256, drawn=True), DRAWN, 1 / 6),
+    "CQL step, batch 32, floor": (partial(cql_beside_its_products, 32), FLOOR, None),
+    "CQL step, batch 256, floor": (partial(cql_beside_its_products, 256), FLOOR, None),
+    "CQL step, three seeds": (partial(three_seeds, 256), "one seed", 1.6),
+    "CQL step, three seeds, batch 32": (partial(three_seeds, 32), "one seed", 1.6),
     "imagine, 64 goals, 20 actions": (imagine_beside_no_cache, "no cache", 1 / 10),
     "imagine, mixed lengths": (imagine_mixed_lengths, "finished rows kept", 1 / 1.5),
     "ground, packed rows": (packed_rows, "one example a row", 1 / 4),
@@ -325,139 +573,51 @@ ROWS = {  # name: (function, what the other is, how often its time ours may take
     "ground, data loading": (data_loading, "2% of the step", 1),
     "learn, goal encoding": (goal_encoding, "2% of the stage", 1),
 }
-MEMORY_LIMIT = 4 * 2 ** 30
-BRIEFLY = {"ground": ["--adapter", "", "--ground_steps", "20"], "imagine": ["--temperatures", "1"], "learn": ["--rl_steps", "300"]}
 
 
-def peak_memory():
-    """{stage: peak bytes} at `--scale cpu`, each in a process of its own; long stages take fewer steps on as much data."""
-    found = {}
-    with tempfile.TemporaryDirectory() as run:
-        options = ["--scale", "cpu", "--output_dir", run, *(word for words in BRIEFLY.values() for word in words)]
-        for stage in kalm.STAGES:
-            process = subprocess.Popen([sys.executable, str(ROOT / "kalm.py"), *options, "--stage", stage], stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                sys.exit(f"stage {stage} failed while its memory was measured")
-            found[stage] = usage.ru_maxrss * 1024
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# How cost grows
-
-def seconds(function):
-    """Median of three calls after a first one."""
-    return in_turn(function, lambda: None, 3)[0]
-
-
-def slope(sizes, times):
-    """Exponent b of time ~ size^b, by least squares over logarithms."""
-    return np.polyfit(np.log(sizes), np.log(times), 1)[0]
-
-
-def timed(function, *arguments):
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
-
-
-# Each yields (what, sizes, seconds); largest: rollouts at most
-
-def grow_collect(largest):
-    def collect(n):
-        rng = np.random.default_rng(0)
-        goals = env.sample_goals("offline", "train", n, rng)
-        array = env.goal_array(goals)
-        env.run_episodes(lambda obs, rows: env.expert_actions(array[rows], obs), goals, env.unfulfilled_states(rng, goals), 20)
-    sizes = [largest // 100, largest // 10, largest]
-    yield "collect, by rollouts", sizes, [timed(collect, n) for n in sizes]
-
-
-def grow_learn(largest):
-    steps, sizes, times = rl.RLConfig(steps=200, batch=256, bf16=kalm.bf16_is_fast()), [largest // 100, largest // 10, largest], []
-    for n in sizes:
-        buffer, table = random_buffer(10 * n, texts=5000)
-        times.append(seconds(lambda: rl.learn("cql", buffer, [], table, [0], steps)))
-    yield "learn, 200 CQL steps of one seed, by rollouts in the buffer", sizes, times
-
-
-def grow_layers(largest):
-    records, layers, grounding, imagining = real_rollouts(60), [2, 6, 12, 30], [], []
-    goals = env.sample_goals("rephrase", "test", 32, np.random.default_rng(0))
-    starts = env.observe(env.unfulfilled_states(np.random.default_rng(1), goals))
-    for kept in layers:
-        llm, tokenizer = llm_source.load(llm_source.resolve("smollm2"), kept)
-        model = KalmForRollouts.from_llm(llm, lora_rank=64, **ground.observation_statistics(records))
-        model.get_input_embeddings().weight.requires_grad_(False)
-        examples = ground.GroundingExamples(records, tokenizer)
-        batch = ground.pack([examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:8]])
-        grounding.append(seconds(lambda: train_step(model, batch)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
-            imagining.append(timed(lambda: rollout.generate(model.merge_adapters(), tokenizer, goals, starts, max_steps=10)))
-    positions = int((batch["modality"] >= 0).sum())
-    yield f"ground, a LoRA step of 8 examples ({positions:,} positions), by layers", layers, grounding
-    yield "imagine, 32 rollouts of at most 10 actions, by layers", layers, imagining
-
-
-def grow_imagine(largest):
-    model, tokenizer = default_model(merged=True)
-    sizes, times = [n for n in (64, 256, 1024) if n <= largest], []
-    for n in sizes:
-        goals = env.sample_goals("rephrase", "test", n, np.random.default_rng(0))
-        starts = env.observe(env.unfulfilled_states(np.random.default_rng(1), goals))
-        with torch.autocast("cpu", torch.bfloat16, enabled=kalm.bf16_is_fast()):
-            times.append(timed(lambda: rollout.generate_all(model, tokenizer, goals, starts, max_steps=10)))
-    yield "imagine, six layers, at most 10 actions, by rollouts", sizes, times
-
-
-def grow_processes(largest):
-    times = []
-    for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        with tempfile.TemporaryDirectory() as run:
-            command = [sys.executable, *launch, str(ROOT / "kalm.py"), "--scale", "cpu", "--output_dir", run, "--train_goals", "600"]
-            for stages in (["collect"], ["ground", "--adapter", "", "--ground_steps", "24", "--batch_examples", str(16 // processes)]):
-                log = subprocess.run([*command, "--stage", *stages], capture_output=True, text=True, check=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": str(max(1, CORES // processes))}).stdout
-        times.append(float(re.search(r"train_runtime': '?([0-9.]+)", log)[1]))
-    yield "ground, 24 steps of 16 examples shared among processes", [1, 2], times
+def measure_speed(options, found):
+    print("| what | ms | beside | ms | ratio | at most | |\n" + "| --- " * 7 + "|")
+    for name, (function, beside, limit) in ROWS.items():
+        if not any(word in name for word in options.only):
+            continue
+        ours, other = function()
+        ratio = ours / other
+        found[name] = {"seconds": ours, "beside": beside, "other_seconds": other}
+        found[name] |= {"ratio": ratio, "limit": limit}
+        verdict = " | "
+        if limit is not None:
+            verdict = f"{limit:.3g} | {'met' if ratio <= limit else 'NOT MET'}"
+        times = f"{1000 * ours:.3g} | {beside} | {1000 * other:.3g}"
+        print(f"| {name} | {times} | {ratio:.3g} | {verdict} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help=f"rows with one of these in their name: {'; '.join(ROWS)}; "
-                        "with --growth, also collect, processes")
+    names = (
+        f"rows with one of these in their name: {'; '.join(ROWS)}; of --growth: collect, learn, "
+    )
+    names += "layers, imagine, processes"
+    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help=names)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
-    parser.add_argument("--memory", action="store_true", help="instead, the peak memory of each stage at --scale cpu, some minutes")
-    parser.add_argument("--growth", action="store_true", help="instead, how the cost of each stage grows, a quarter of an hour")
-    parser.add_argument("--largest", type=int, default=100000, metavar="N", help="rollouts in the largest rows of --growth")
+    peak = "instead, the peak memory of each stage at --scale cpu, some minutes"
+    parser.add_argument("--memory", action="store_true", help=peak)
+    growth = "instead, how the cost of each stage grows, a quarter of an hour"
+    parser.add_argument("--growth", action="store_true", help=growth)
+    largest = "rollouts in the largest rows of --growth"
+    parser.add_argument("--largest", type=int, default=100000, metavar="N", help=largest)
     options = parser.parse_args()
-    found = {"machine": f"{CORES} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
-                        f"bf16 {'fast' if kalm.bf16_is_fast() else 'not used'}", "date": time.strftime("%Y-%m-%d"), "rows": {}}
+    machine = f"{CORES} cores, {platform.processor() or platform.machine()}"
+    machine += f", torch {torch.__version__}, bf16 {'fast' if BF16 else 'not used'}"
+    found = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": {}}
+    print(f"{machine}, {found['date']}\n")
+    measure = measure_speed
     if options.growth:
-        print(f"{found['machine']}, {found['date']}\n\n| what | sizes | seconds | exponent |\n" + "| --- " * 4 + "|")
-        for part in (grow_collect, grow_learn, grow_layers, grow_imagine, grow_processes):
-            for name, sizes, times in part(options.largest) if any(w in part.__name__ for w in options.only) else ():
-                found["rows"][name] = {"sizes": sizes, "seconds": times, "exponent": slope(sizes, times)}
-                print(f"| {name} | {', '.join(f'{n:,}' for n in sizes)} | {', '.join(f'{t:.3g}' for t in times)} | "
-                      f"{found['rows'][name]['exponent']:.2f} |", flush=True)
-        if options.json:
-            store.write_json(options.json, found)
-        return
-    print(f"{found['machine']}, {found['date']}\n\n| what | ms | beside | ms | ratio | at most | |\n" + "| --- " * 7 + "|")
-    for name, (function, beside, limit) in ROWS.items():
-        if not options.memory and any(word in name for word in options.only):
-            ours, other = function()
-            found["rows"][name] = {"seconds": ours, "beside": beside, "other_seconds": other, "ratio": ours / other, "limit": limit}
-            print(f"| {name} | {1000 * ours:.3g} | {beside} | {1000 * other:.3g} | {ours / other:.3g} | {'' if limit is None else f'{limit:.3g}'} | "
-                  f"{'' if limit is None else 'met' if ours <= limit * other else 'NOT MET'} |", flush=True)
-    if options.memory:
-        for stage, peak in peak_memory().items():
-            found["rows"][f"peak memory, {stage}"] = {"bytes": peak, "limit": MEMORY_LIMIT}
-            print(f"| peak memory, {stage} | {peak / 2 ** 30:.2f} GiB | | | | 4 GiB | {'met' if peak <= MEMORY_LIMIT else 'NOT MET'} |")
+        measure = measure_growth
+    elif options.memory:
+        measure = measure_memory
+    measure(options, found["rows"])
     if options.json:
-        store.write_json(options.json, found)
+        folder.write_json(options.json, found)
 
 
 if __name__ == "__main__":

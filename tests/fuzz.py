@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 
 import env  # noqa: E402
-from data import formats, minari_io, padded, recordings, rollouts  # noqa: E402
+from data import formats, minari_io, recordings, rollouts  # noqa: E402
 
 SLOW = 5.0  # seconds
 COLORS = ("red", "blue", "green", "purple", "cyan")
@@ -230,7 +230,7 @@ def cases(folder, world, rng):
     imagined["instructions"] = np.array(
         [f"Push the red ball {d} the blue ball" for d in DIRECTIONS]
     )
-    padded.write_npz(folder / "ours.npz", records)
+    recordings.write_npz(folder / "ours.npz", records)
     with np.load(folder / "ours.npz") as file:
         ours = dict(file)
     valid = [folder / "valid"]

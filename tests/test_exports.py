@@ -11,7 +11,7 @@ from test_formats import FORMATS, assert_same, damage, goes_on, write, write_as
 
 import env
 import kalm
-from data import formats, padded
+from data import formats, recordings
 from data.rollouts import read_rollouts
 
 
@@ -31,7 +31,7 @@ def imaginary(world, rollouts):
     goals = [g for level in env.NOVEL_LEVELS for g in world.sample_goals(level, "test", 8, rng)]
     for goal, r in zip(goals, rollouts):
         seen = (r["observations"] + rng.normal(0, 0.05, r["observations"].shape)).astype(np.float32)
-        whole = {"goal": goal, "observations": seen, "actions": r["actions"], "imagined": True}
+        whole = {**goal.to_json(), "goal": goal.text, "observations": seen, "actions": r["actions"]}
         whole |= {
             "explanation": 'The rød ball, "1" \u2028.',
             "dynamics_error": rng.random(len(r["actions"])),
@@ -102,7 +102,7 @@ def test_an_episode_exported_and_read_back_is_the_same_up_to_its_first_success(
 
 
 def test_npz_is_plain_arrays_with_the_encoding_behind_the_observations(rollouts, tmp_path):
-    padded.write_npz(tmp_path / "a.npz", rollouts[:4], lambda texts: [[len(t), 7] for t in texts])
+    recordings.write_npz(tmp_path / "a.npz", rollouts[:4], lambda texts: [[len(t), 7] for t in texts])
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert file["observations"].shape == (4, file["masks"].shape[1], 12)
         assert file["instructions"].tolist() == [r["goal"] for r in rollouts[:4]]

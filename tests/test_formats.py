@@ -8,7 +8,7 @@ from conftest import ROOT
 from fuzz import arrays_only, authors_layout, fuzz, npy, npz, plain_npy, write_hdf5
 
 import env
-from data import formats, minari_io, padded, recordings
+from data import formats, minari_io, recordings
 from data.rollouts import FEATURES, write_rollouts
 
 AUTHORS = ROOT.parent / "shared" / "reference" / "clevr_robot_40.npy"
@@ -31,7 +31,7 @@ def write_as(data_format, path, records, world):
     path = path / f"{data_format}-v0"
     if data_format == "npz":
         path = path.with_suffix(".npz")
-        padded.write_npz(path, records)
+        recordings.write_npz(path, records)
     elif data_format == "own":
         write_rollouts(path, records)
     else:
@@ -85,7 +85,7 @@ def goes_on(world, record, more):
 @needs_recording
 def test_the_authors_pickle_holds_what_its_plain_twin_holds(world):
     with np.load(AUTHORS.with_suffix(".npz")) as plain:
-        found = recordings.arrays_of(AUTHORS)
+        found = recordings.READERS[".npy"](AUTHORS)
         assert set(found) == set(recordings.FIELDS) & set(plain.files)
         for name, array in found.items():
             np.testing.assert_array_equal(array, plain[name])
@@ -95,7 +95,7 @@ def test_the_authors_pickle_holds_what_its_plain_twin_holds(world):
 
 @needs_recording
 def test_the_relation_is_read_right_from_each_of_the_authors_sentences(world):
-    found = recordings.arrays_of(AUTHORS)
+    found = recordings.READERS[".npy"](AUTHORS)
     for code, sentences in zip(found["goals"], found["instructions"]):
         relations = world.recorded_goal("Any", code).relations
         assert {world.recorded_goal(str(s)).relations for s in sentences} == {relations}
@@ -449,7 +449,7 @@ def test_texts_that_are_no_unicode_are_refused(
 def test_texts_in_the_place_of_numbers_are_refused(
     world, rollouts, tmp_path, field
 ):  # found by the fuzz: a TypeError
-    padded.write_npz(
+    recordings.write_npz(
         tmp_path / "a.npz",
         [{**r, "dynamics_error": r["rewards"], "explanation": "x"} for r in rollouts[:3]],
     )
