@@ -17,6 +17,7 @@ from experiment import folder
 
 if __name__ == "__main__":
     folder.stop_cleanly()  # before the imports below, which take seconds
+    sys.stdout.reconfigure(errors="replace")  # goals may have characters that a terminal lacks
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin
 
@@ -64,9 +65,9 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
     },
     "quick": {
         "train_goals": 2000, "novel_goals": 40, "temperatures": "1,1", "rl_steps": 4000,
-        "seeds": 1, "methods": "bc,bc+relabel,bc+kalm,llm", "episodes": 50,
+        "seeds": 1, "methods": "bc,bc+relabel,bc+kalm,llm", "episodes": 50, "adapter": "released",
     },
-    "cpu": {},
+    "cpu": {"adapter": "released"},
     "gpu": {
         "train_goals": 16000, "keep_layers": 0, "lora_rank": 0, "max_steps": 6000,
         "per_device_train_batch_size": 64, "new_learning_rate": 1e-3, "save_steps": 500,

@@ -6,18 +6,20 @@ This file knows what goes together, and nothing of what stages do.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import env
 from data import llm
 from data.grounded import adapter_folder
+from experiment.folder import Manifest
 from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import LearnArguments
 from rollout import ImagineArguments
 
-LAPTOP_STEPS = 3300  # of grounding at scales quick and cpu, where the released adapter does not fit
+LAPTOP_STEPS = 3300  # of grounding at a laptop's scales, where the released adapter does not fit
 RENAMED = {
     "ground_steps": "max_steps", "adapter_steps": "max_steps", "debug": "traceback",
     "batch_examples": "per_device_train_batch_size", "checkpoint_minutes": "save_steps",
@@ -40,6 +42,8 @@ class RunArguments:
 
     def __post_init__(self):
         self.llm = absolute(self.llm, llm.DEFAULT, llm.TINY)
+        file, colon, name = self.env.rpartition(":")
+        self.env = absolute(file) + colon + name
         acts = self.stage == ["act"]
         if bool(self.goal.strip()) != acts or ("act" in self.stage and not acts):
             raise ValueError(
@@ -61,9 +65,9 @@ class RunArguments:
 def defaults_of(scales: Mapping[str, dict], given: Mapping[str, str]) -> dict:
     """The defaults of a command that gives these settings: of its scale, and what follows.
 
-    On a laptop the released adapter is taken unless the command asks for training: by naming the
-    stage, by a setting of training, or by data, a world or a language model that it does not fit.
-    Where an adapter is taken, nothing is trained but for steps that are given.
+    On a laptop the released adapter is taken unless the run has trained before, or the command asks
+    for it: by naming the stage, by a setting of training, or by data, a world or a language model
+    that the adapter does not fit. Where one is taken, nothing is trained but for steps given.
     """
     scale = given.get("scale", RunArguments.scale)
     if scale not in scales:
@@ -71,18 +75,24 @@ def defaults_of(scales: Mapping[str, dict], given: Mapping[str, str]) -> dict:
     defaults = {"scale": scale, **scales[scale]}
     language_model = given.get("llm", defaults.get("llm"))
     defaults["bf16"] = language_model != llm.TINY and bf16_is_fast()
-    if scale in ("quick", "cpu"):
+    if defaults.get("adapter") == "released":
         asks_for_training = {"data", "env", "llm", *TRAINING_SETTINGS} - {"adapter"} & set(given)
-        if "ground" in given.get("stage", "").split() or asks_for_training:
-            defaults["max_steps"] = LAPTOP_STEPS
-        else:
-            defaults["adapter"] = "released"
+        names_it = "ground" in given.get("stage", "").split()
+        if names_it or asks_for_training or has_trained(given):
+            defaults |= {"adapter": "none", "max_steps": LAPTOP_STEPS}
     takes_adapter = given.get("adapter", defaults.get("adapter", "none")) != "none"
     if takes_adapter or "num_train_epochs" in given:
         defaults.pop("max_steps", None)
     if takes_adapter and not {"max_steps", "num_train_epochs"} & set(given):
         defaults["num_train_epochs"] = 0.0
     return defaults
+
+
+def has_trained(given: Mapping[str, str]) -> bool:
+    """Whether the run of a command has grounded its language model itself."""
+    run = Path(given.get("output_dir", GroundingArguments.output_dir))
+    settings = Manifest(run).stages.get("ground", {}).get("settings", {})
+    return settings.get("adapter") == "none"
 
 
 def bf16_is_fast() -> bool:
@@ -111,16 +121,18 @@ def check_models(run: RunArguments, ground: GroundingArguments, learn: LearnArgu
 def minutes(
     run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
 ) -> dict[str, float]:
-    """About how long the long stages take on two quiet CPU cores with SmolLM2."""
+    """About how long the long stages take on two quiet CPU cores with SmolLM2, if known."""
     layers = (ground.keep_layers or 30) if run.llm != llm.TINY else 0.1
-    examples = ground.max_steps * ground.train_batch_size if ground.max_steps > 0 else 0
+    examples = ground.train_batch_size * ground.gradient_accumulation_steps
     later_rounds = len(imagine.rounds) - 1
     actions = imagine.starts_per_goal * imagine.imagined_steps * (1 + later_rounds / 2)
     actions += imagine.step_starts * (1 + later_rounds * imagine.step_candidates / 60)
     rows = learn.rl_steps * learn.rl_batch * learn.seeds * len(learn.learned_methods)
     seconds = {
-        "ground": 20 + 4e-3 * layers * examples,
+        "ground": 20 + 4e-3 * layers * examples * max(ground.max_steps, 0),
         "imagine": 4.4e-4 * layers * imagine.novel_goals * actions,
         "learn": 15 + 6.7e-6 * rows,
     }
+    if ground.trains and ground.max_steps <= 0:
+        del seconds["ground"]  # the data say how many steps a pass has
     return {} if torch.cuda.is_available() else {k: v / 60 for k, v in seconds.items()}

@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite: where they come up, a run stops and says so (rl: test_rl.py)."""
+"""Numbers that are NaN or infinite stop a run where they come up (those of rl: test_rl.py)."""
 
 import re
 

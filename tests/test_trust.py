@@ -84,8 +84,7 @@ def assert_whole(run, smoke_run, *stages):
     """What stages wrote and logged is as if nothing had been, and nothing else is left."""
     for stage in stages:
         for name in folder.read_json(smoke_run / "manifest.json")["stages"][stage]["files"]:
-            same = name == "report.html" or content(run / name) == content(smoke_run / name)
-            assert same, name
+            assert name == "report.html" or content(run / name) == content(smoke_run / name)
     assert content(run / "logs" / "stages.jsonl") == [{"stage": stage} for stage in stages]
     for path in (run / "logs").glob("[!s]*"):
         assert content(path) == content(smoke_run / "logs" / path.name)
@@ -125,8 +124,7 @@ def test_a_killed_stage_ends_as_if_nothing_had_been_and_its_time_counts_all_trie
     (tries,) = run.glob("unfinished/*/tries.json")
     folder.write_json(tries, {"earlier": 500, "began": folder.read_json(tries)["began"] - 500})
     work_done.clear()
-    assert smoke(run, "--stage", stage) == 0
-    assert len(work_done) == left
+    assert smoke(run, "--stage", stage) == 0 and len(work_done) == left
     assert_whole(run, smoke_run, stage)
     assert folder.read_json(run / "manifest.json")["stages"][stage]["time_s"] > 1000
 
@@ -165,9 +163,7 @@ def test_save_steps_says_when_and_the_last_alone_is_kept(smoke_run, tmp_path, mo
 
 
 @pytest.mark.parametrize("options, steps", [(["--max_steps", 9], 9), (["--force"], 8)])
-def test_other_settings_and_force_begin_anew(
-    smoke_run, tmp_path, monkeypatch, work_done, options, steps
-):
+def test_settings_or_force_begin_anew(smoke_run, tmp_path, monkeypatch, work_done, options, steps):
     run = up_to(smoke_run, tmp_path / "run", "ground")
     killed(monkeypatch, run, kalm, "measured", 1)
     work_done.clear()
@@ -252,8 +248,7 @@ results.json evaluate report"""  # who writes and who reads them
 @pytest.mark.parametrize("file", FILES.splitlines())
 def test_damage_is_named_with_the_stage_to_redo(smoke_run, tmp_path, capsys, monkeypatch, file):
     (name, writer, reader), run = file.split(), shutil.copytree(smoke_run, tmp_path / "run")
-    begun = lambda *_: pytest.fail("the stage was begun")
-    stage = dataclasses.replace(kalm.STAGES[reader], function=begun)
+    stage = dataclasses.replace(kalm.STAGES[reader], function=lambda *_: pytest.fail("begun"))
     monkeypatch.setitem(kalm.STAGES, reader, stage)
     whole = (run / name).read_bytes()
     flipped = bytearray(whole)
