@@ -36,7 +36,7 @@ from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
 
 @dataclass
 class GroundingArguments(transformers.TrainingArguments):
-    """How to ground the LLM: a transformers.TrainingArguments, with settings of our own."""
+    """How to ground the LLM: Hugging Face's TrainingArguments and settings of our own."""
 
     output_dir: str = setting("runs/kalm", "the run's folder", aliases=["--run"])
     keep_layers: int = setting(6, "first layers of the LLM to keep; 0: all")

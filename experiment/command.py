@@ -21,7 +21,7 @@ from rollout import ImagineArguments
 
 LAPTOP_STEPS = 3300  # of grounding at a laptop's scales, where the released adapter does not fit
 RENAMED = {
-    "ground_steps": "max_steps", "adapter_steps": "max_steps", "debug": "traceback",
+    "ground_steps": "max_steps", "adapter_steps": "max_steps",
     "batch_examples": "per_device_train_batch_size", "checkpoint_minutes": "save_steps",
 }  # fmt: skip
 

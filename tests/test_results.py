@@ -15,9 +15,8 @@ import results
 
 
 def test_every_run_has_valid_options_and_a_parent_that_comes_before_it():
-    names = list(results.RUNS)
     for number, (name, (parent, _, stages)) in enumerate(results.RUNS.items()):
-        assert parent is None or parent in names[:number]
+        assert parent is None or parent in list(results.RUNS)[:number]
         line = [*results.options_of(name), "--stage", *stages]
         defaults = functools.partial(command.defaults_of, kalm.SCALES)
         (_, _, grounding, imagining, *_), _ = settings.parse(line, kalm.CLASSES, defaults, {})
