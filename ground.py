@@ -393,7 +393,7 @@ class GroundingTrainer(transformers.Trainer):
         step = f"grounding, step {self.state.global_step + 1}"
         rows = (inputs["states"], output.state_pred, output.action_logits)
         finite.check(step, {"loss": output.loss}, rows, about=tasks_of)
-        parts = {name: output[name] for name in ("text_loss", "action_loss", "state_loss")}
+        parts = {f"{name}_loss": loss for name, loss in output.losses.items()}
         parts |= {f"{task}_loss": loss for task, loss in zip(TASKS, output.task_losses)}
         for name, loss in parts.items():
             self.loss_parts[name].append(loss.detach())

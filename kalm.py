@@ -491,8 +491,8 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     with folder.locked(run.folder, mine=PartialState().is_main_process):
         do(plan, run, todo, begins)
     if not todo:
-        run.say("nothing to do: every stage is done and unchanged (--force redoes them)")
-        if "evaluate" in manifest.stages:
+        run.say("nothing to do: all is done with these settings and files (code: give --force)")
+        if (run.folder / "results.json").is_file():
             run.say("\n".join(report.results_table(folder.read_json(run.folder / "results.json"))))
 
 

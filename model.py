@@ -88,19 +88,15 @@ class KalmConfig(PreTrainedConfig):
 
 @dataclass
 class KalmOutput(ModelOutput):
-    """loss: scalar; {text,action,state}_loss: its parts; task_losses: (len(TASKS),), 0 where a task
-    is absent.
+    """loss: scalar; losses: its parts; task_losses: (len(TASKS),), 0 where a task is absent.
 
     state_pred: (B, L, observation_dim), the next state where it is asked for: before each state of
-    `predict`, or without
-    that after each action; the current state elsewhere. action_logits: (B, L, num_actions).
-    logits: (B, text_logits, vocabulary) where asked for.
+    `predict`, or without that after each action; the current state elsewhere. action_logits:
+    (B, L, num_actions). logits: (B, text_logits, vocabulary) where asked for.
     """
 
     loss: Tensor | None = None
-    text_loss: Tensor | None = None
-    action_loss: Tensor | None = None
-    state_loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
     task_losses: Tensor | None = None
     state_pred: Tensor | None = None
     action_logits: Tensor | None = None
@@ -132,7 +128,7 @@ def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weighted_sum(losses: dict[str, Tensor]) -> Tensor:
     """The grounding loss of its parts (paper, eq. 1-3)."""
-    return sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items())
+    return sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
 
 
 def mean_or_zero(losses: Tensor) -> Tensor:
@@ -388,9 +384,7 @@ class KalmForRollouts(PreTrainedModel):
             "state": error.square().mean(-1),
         }
         means = {name: mean_or_zero(values) for name, values in losses.items()}
-        result.text_loss = means["text"]
-        result.action_loss = means["action"]
-        result.state_loss = means["state"]
+        result.losses = means
         result.loss = weighted_sum(means)
         if task is not None:
             tasks = {name: task[:, 1:][where] for name, where in predicted.items()}

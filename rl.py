@@ -32,7 +32,7 @@ from experiment.settings import absolute, at_least, setting
 
 
 class SeededMLP(nn.Module):
-    """One MLP a seed, evaluated together, ReLU between layers.
+    """One MLP a seed, evaluated together, with ReLU; of one shape and seed all start alike.
 
     flat: all numbers, (seeds, numbers) float32, layer by layer a weight and a bias. They are one
     tensor because starting an operation takes longer than doing it on networks this small: so the

@@ -22,6 +22,7 @@ import env
 from experiment import folder
 from experiment.card import figures_in_words
 from experiment.episode import verdict_of
+from model import TASKS
 
 # The paper's figures: success of its best policies as read off its figure, rates as printed
 PAPER_WORLD = "clevr_robot"
@@ -124,7 +125,8 @@ def draw_success(axes: Axes, results: dict, level: str) -> None:
 
 def draw_grounding(axes: Axes, log: list[dict]) -> None:
     """Losses of grounding by kind of position."""
-    for name in ("text_loss", "action_loss", "state_loss"):
+    names = dict.fromkeys(name for entry in log for name in entry if name.endswith("_loss"))
+    for name in [name for name in names if name.removesuffix("_loss") not in TASKS]:
         # 0 stands for batches without this kind of position
         points = [(entry["step"], entry[name]) for entry in log if entry.get(name)]
         axes.plot(*np.reshape(points, (-1, 2)).T, label=name.replace("_", " "))
@@ -139,7 +141,9 @@ def draw_policies(axes: Axes, curves: dict) -> None:
     for method, curve in curves.items():
         look = {"color": color_of(method), "linestyle": styles[method.partition("+")[0]]}
         axes.plot(*np.transpose(curve), label=method, **look)
-    axes.set(title="offline RL", xlabel="step", ylabel="loss", yscale="log")
+    losses = np.concatenate([np.transpose(curve)[1] for curve in curves.values()])
+    scale = "log" if (losses > 0).all() else "symlog"
+    axes.set(title="offline RL", xlabel="step", ylabel="loss", yscale=scale)
     axes.locator_params(axis="x", nbins=4)
     axes.legend(fontsize=7, framealpha=0, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.26))
 

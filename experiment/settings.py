@@ -144,7 +144,7 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
 def help_text(intro: str, classes: Sequence[type], scales: dict[str, dict]) -> str:
     """What `--help` prints: our settings by class, with their defaults at each scale."""
     columns = min(max(shutil.get_terminal_size().columns, 80), 120)
-    legend = f"In brackets the defaults at {' / '.join(scales)}, the last for the rest."
+    legend = f"(defaults at {' / '.join(scales)}; the last holds for the rest)"
     others = "All other settings of transformers.TrainingArguments are accepted too."
     lines = [intro, "", legend, others]
     for each in classes:

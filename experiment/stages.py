@@ -117,8 +117,9 @@ class Plan:
             if not status and name in minutes:
                 status = f"~{max(1, round(minutes[name]))} min"
             text = f"  {name:9} {status:12} {', '.join(settings)}"
-            options = {"subsequent_indent": " " * 25, "break_long_words": False}
-            paragraphs.append(textwrap.fill(text, columns, **options))
+            options = {"break_long_words": False, "break_on_hyphens": False}
+            lines = textwrap.fill(text, columns, subsequent_indent=" " * 25, **options)
+            paragraphs.append(lines)
         return "\n".join(paragraphs)
 
 

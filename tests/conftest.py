@@ -123,7 +123,7 @@ def losses_of():
     def losses(model, batch):
         with torch.no_grad():
             out = model(**batch)
-        parts = [out.loss, out.text_loss, out.action_loss, out.state_loss, *out.task_losses]
+        parts = [out.loss, *out.losses.values(), *out.task_losses]
         return [part.item() for part in parts]
 
     return losses

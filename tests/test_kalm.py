@@ -1,252 +1,343 @@
-"""The command: a whole run, resuming, users' goals, several processes."""
+"""The command: whole runs in any world, what is redone, what is recorded, several processes."""
+
 import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from conftest import run_kalm
+import yaml
+from conftest import ROOT, run_kalm
+from huggingface_hub import ModelCard
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+import env
+import ground
 import kalm
-from env import LEVELS, NOVEL_LEVELS
+from data.rollouts import read_rollouts
+from experiment import folder
+from model import KalmForRollouts
 
 SMOKE = ("--scale", "smoke", "--output_dir")
+STAGES = list(kalm.STAGES)[:-1]
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TILES = f"{ROOT / 'docs' / 'tiles.py'}:Tiles"
 MY_GOALS = [
-    {"text": "Nudge <script>red</script> & \"co\" leftward.", "level": "easy", "kind": "step", "relations": [["red", None, "left"]]},
-    {"text": "Green next to purple, {please}.", "level": "rephrase", "kind": "relation", "relations": [["green", "purple", "right"]]},
-    {"text": "A tidy row.", "level": "hard", "kind": "line", "relations": []}]
+    {"text": 'Nudge <b>red</b> & "co" to the left.', "level": "easy", "kind": "step"},
+    {"text": "Green next to purple, {please}: 请.", "level": "rephrase", "kind": "relation"},
+    {"text": "A tidy row.", "level": "hard", "kind": "line", "relations": []},
+]
+MY_GOALS[0]["relations"] = [["red", None, "left"]]
+MY_GOALS[1]["relations"] = [["green", "purple", "right"]]
+
+
+def smoke(run, *options):
+    """Run kalm.py here. Returns its exit code."""
+    return kalm.main([*SMOKE, run, *options])
 
 
 def write_goals(path, goals=MY_GOALS):
-    path.write_text("".join(json.dumps(g) + "\n" for g in goals))
-    return str(path)
+    lines = [json.dumps(goal, ensure_ascii=False) + "\n" for goal in goals]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
-def files_of(folder):
+def files_of(run):
     """Every file below a folder with its content and time of writing."""
-    return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [path for path in sorted(run.rglob("*")) if path.is_file()]
+    return {p.relative_to(run): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def results_of(run):
-    return json.loads((run / "results.json").read_text())
+    return folder.read_json(run / "results.json")
 
 
-def assert_complete(results, levels=LEVELS):
+def without_times(results):
+    return {name: value for name, value in results.items() if name != "time_s"}
+
+
+def assert_complete(results, levels=env.LEVELS):
     assert set(results) == {"success", "quality", "grounding", "time_s", "config"}
-    assert set(results["success"]) == {"bc", "bc+relabel", "bc+kalm", "cql", "cql+relabel", "cql+kalm", "llm"}
+    methods = kalm.SCALES["smoke"]["methods"].split(",")
+    assert list(results["success"]) == methods
     for method, row in results["success"].items():
         assert set(row) == set(levels)
         for cell in row.values():
-            assert set(cell) == {"mean", "std", "seeds", "episodes"} and len(cell["seeds"]) == (1 if method == "llm" else 2)
-            assert all(0 <= rate <= 1 for rate in cell["seeds"]) and cell["episodes"] == 6 * len(cell["seeds"])
+            assert set(cell) == {"mean", "std", "seeds", "episodes"}
+            assert len(cell["seeds"]) == (1 if method == "llm" else 2)
+            assert all(0 <= rate <= 1 for rate in cell["seeds"])
+            assert cell["episodes"] == 6 * len(cell["seeds"])
             assert cell["mean"] == pytest.approx(sum(cell["seeds"]) / len(cell["seeds"]))
     for level in set(levels) - {"offline"}:
-        figures = results["quality"][level]
-        assert all(0 <= figures[rate] <= 1 for rate in ("match", "executed", "off_table", "beyond_dynamics"))
-    assert set(results["time_s"]) == {"collect", "ground", "imagine", "learn", "evaluate"}
-    assert results["config"]["scale"] == "smoke" and results["config"]["rl_steps"] == 60
+        assert all(0 <= results["quality"][level][rate] <= 1 for rate in ("match", "executed"))
+    assert set(results["time_s"]) == set(STAGES) - {"report"}
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+@pytest.fixture
+def run(smoke_run, tmp_path):
+    """A copy of the finished smoke run, to change."""
+    return shutil.copytree(smoke_run, tmp_path / "run")
+
+
+# ------------------------------------------------------------------ whole runs
+
 
 def test_a_smoke_run_fills_every_method_and_level(smoke_run):
     assert_complete(results_of(smoke_run))
-    assert {p.name for p in (smoke_run / "rollouts").iterdir()} == {"real", *NOVEL_LEVELS}
-    assert not list(smoke_run.rglob("*.partial")) and not list(smoke_run.rglob("*.pkl")) and not list(smoke_run.rglob("*.bin"))
-
-
-def test_the_report_is_one_page_that_fetches_nothing(smoke_run):
-    page = (smoke_run / "report.html").read_text()
-    fetched = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+(\S+)""", page)
-    targets = [next(filter(None, groups)).strip("'\"") for groups in fetched]
-    assert targets and all(t.startswith(("data:image/", "#")) for t in targets)
-    assert "<script" not in page and "<link" not in page and page.count("data:image/gif;base64,") >= 2
-    assert all(method in page for method in results_of(smoke_run)["success"]) and page.count("<svg") == 6
+    assert {path.name for path in (smoke_run / "rollouts").iterdir()} == {"real", *env.NOVEL_LEVELS}
+    endings = {path.suffix for path in smoke_run.rglob("*")}
+    assert not endings & {".partial", ".pkl", ".bin", ".pt"}
 
 
 def test_the_same_seed_gives_the_same_results(smoke_run, tmp_path):
-    assert kalm.main([*SMOKE, str(tmp_path / "again")]) == 0
-    ours, theirs = results_of(tmp_path / "again"), results_of(smoke_run)
-    assert ours.pop("time_s") and theirs.pop("time_s") and ours == theirs
+    assert smoke(tmp_path / "again") == 0
+    again = results_of(tmp_path / "again")
+    assert without_times(again) == without_times(results_of(smoke_run))
 
 
-def test_users_goals_reach_the_results_and_the_report_escaped(smoke_run, tmp_path):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    assert kalm.main([*SMOKE, str(run), "--goals", write_goals(tmp_path / "mine.jsonl"), "--keep", "all"]) == 0
-    assert_complete(results_of(run))
-    for goal in MY_GOALS:
-        read = kalm.rollout.read_rollouts(run / "rollouts" / goal["level"])
-        assert len(read) == 4 and {r["goal"] for r in read} == {goal["text"]}
-    page = (run / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;red" in page and "{please}" in page
-
-
-def test_users_goals_may_leave_out_levels(smoke_run, tmp_path):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    assert kalm.main([*SMOKE, str(run), "--goals", write_goals(tmp_path / "mine.jsonl", MY_GOALS[:1]), "--keep", "all"]) == 0
-    assert_complete(results_of(run), ("offline", "easy"))
-
-
-def test_two_processes_share_the_work_and_give_complete_results(smoke_run, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_kalm(*SMOKE, tmp_path / "run", "--stage", "all", launcher=launcher)
+def test_two_processes_share_the_work_and_give_complete_and_the_same_results(
+    smoke_run, tmp_path, world
+):
+    run = tmp_path / "run"
+    done = run_kalm(*SMOKE, run, "--stage", "all", launcher=LAUNCHER)
     assert done.returncode == 0, done.stderr
-    assert_complete(results_of(tmp_path / "run"))
-    assert (tmp_path / "run" / "report.html").is_file() and not list(tmp_path.rglob("*.partial"))
-    for level in NOVEL_LEVELS:  # each goal and start is imagined once, in the order of a single process
-        both, one = (kalm.rollout.read_rollouts(run / "rollouts" / level) for run in (tmp_path / "run", smoke_run))
-        first = 12  # later rounds follow the matches, and those the sampled actions
-        assert [(r["goal"], *r["observations"][0]) for r in both[:first]] == [(r["goal"], *r["observations"][0]) for r in one[:first]]
-        for records in (both, one):
-            assert len(records) == first + sum(not r["success"] for r in records[:first])
+    assert done.stdout.count("learn ...") == 1  # one process speaks for both
+    assert_complete(results_of(run))
+    assert (run / "report.html").is_file() and not list(tmp_path.rglob("*.partial"))
+    assert "8 steps of 16 examples" in (run / "grounded" / "README.md").read_text("utf-8")
+    for level in env.NOVEL_LEVELS:  # each goal and start once, in the order of one process
+        both, alone = (read_rollouts(r / "rollouts" / level, world) for r in (run, smoke_run))
+        starts = [
+            [(record["goal"], *record["observations"][0]) for record in records[:12]]
+            for records in (both, alone)
+        ]
+        assert starts[0] == starts[1]
+        assert len(both) == 12 + sum(not record["success"] for record in both[:12])
+    before = without_times(results_of(run))  # one process makes the same from what is imagined
+    assert smoke(run, "--stage", "learn", "evaluate", "--force") == 0
+    after = without_times(results_of(run))
+    after["config"] = {name: after["config"][name] for name in before["config"]}
+    assert after == before
 
 
-# ------------------------------------------------------------------------------------------------------------- resume
-
-@pytest.mark.parametrize("arguments, redone", [
-    ([], []),
-    (["--stage", "learn", "report"], []),
-    (["--rl_steps", "61"], ["learn", "evaluate", "report"]),
-    (["--keep", "matched"], ["learn", "evaluate", "report"]),
-    (["--episodes", "7"], ["evaluate", "report"]),
-    (["--temperatures", "0.5"], ["imagine", "learn", "evaluate", "report"]),
-    (["--split", "validation"], ["imagine", "learn", "evaluate", "report"]),
-    (["--ground_steps", "9"], ["ground", "imagine", "learn", "evaluate", "report"]),
-    (["--train_goals", "41"], list(kalm.STAGES)),
-    (["--seed", "1"], list(kalm.STAGES)),
-    (["--force"], list(kalm.STAGES)),
-    (["--stage", "imagine", "--force"], ["imagine"])])
-def test_a_second_run_redoes_what_a_changed_option_touches_and_no_more(smoke_run, tmp_path, stages_run, arguments, redone):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    before = files_of(run)
-    assert kalm.main([*SMOKE, str(run), *arguments]) == 0
-    assert stages_run == redone
-    assert redone or files_of(run) == before
-
-
-def test_a_changed_goals_file_is_noticed(smoke_run, tmp_path, stages_run):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    after = ["imagine", "learn", "evaluate", "report"]
-    for goals, redone in ((MY_GOALS, after), (MY_GOALS, []), (MY_GOALS[:2], after)):
-        stages_run.clear()
-        assert kalm.main([*SMOKE, str(run), "--goals", write_goals(tmp_path / "mine.jsonl", goals)]) == 0
-        assert stages_run == redone
-
-
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, stages_run, monkeypatch):
-    def broken(options, state):
-        raise RuntimeError("the lights went out")
-    with monkeypatch.context() as patch:
-        patch.setitem(kalm.RUN_STAGE, "imagine", broken)
-        with pytest.raises(RuntimeError):
-            kalm.main([*SMOKE, str(tmp_path / "run")])
-    (tmp_path / "run" / "results.json").write_text("{}")  # what the noted, not run, stage would write
-    assert kalm.main([*SMOKE, str(tmp_path / "run")]) == 0
-    assert stages_run == list(kalm.STAGES)
-
-
-@pytest.mark.parametrize("first, second", [
-    (["imagine", "--novel_goals", "5"], ["learn", "--keep", "all"]),
-    (["imagine", "--split", "validation"], ["learn", "--keep", "all"]),
-    (["imagine", "learn", "--novel_goals", "5", "--keep", "all"], ["evaluate", "--keep", "all"]),
-    (["learn", "--seeds", "1"], ["evaluate", "--episodes", "5"])], ids=("goals", "split", "evaluated goals", "seeds"))
-def test_a_stage_whose_input_was_made_with_other_options_says_so(smoke_run, tmp_path, capsys, first, second):
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    assert kalm.main([*SMOKE, str(run), "--stage", *first]) == 0
+def test_another_world_goes_through_every_stage_from_a_file_anywhere(tmp_path, capsys):
+    mine = shutil.copy(ROOT / "docs" / "tiles.py", tmp_path / "my tiles.py")
+    run = tmp_path / "run"
+    assert smoke(run, "--env", f"{mine}:Tiles") == 0
+    results = results_of(run)
+    assert_complete(results)
+    assert results["config"]["env"] == f"{mine}:Tiles"
+    rates = [cell["mean"] for row in results["success"].values() for cell in row.values()]
+    assert max(rates) > 0.5  # what is learned there is of use there
+    world = env.make(f"{mine}:Tiles")
+    for level in ("real", *env.NOVEL_LEVELS):
+        for record in read_rollouts(run / "rollouts" / level, world):
+            assert record["observations"].shape[1] == 6 and record["actions"].max() < 8
+    assert "paper" not in (run / "report.html").read_text("utf-8")
+    assert "clevr" not in (run / "grounded" / "README.md").read_text("utf-8").lower()
     capsys.readouterr()
-    assert kalm.main([*SMOKE, str(run), "--stage", *second]) == 2
-    assert first[0] in capsys.readouterr().err
+    goal = lines_of(run / "goals.jsonl")[0]["text"]
+    assert kalm.main(["--stage", "act", "--goal", goal, "--run", run, "--methods", "bc,llm"]) == 0
+    told = capsys.readouterr().out
+    assert "edge" in told or "left" in told or "right" in told or "top" in told
+    assert [entry["method"] for entry in lines_of(run / "logs" / "act.jsonl")] == ["bc", "llm"]
+    assert smoke(run, "--stage", "learn") == 2  # of the default world
+    assert "was run with --env" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------ adapter
+def test_every_algorithm_has_rows_and_curves(run):
+    methods = "iql,iql+kalm,awac+relabel,awac+both"
+    assert smoke(run, "--methods", methods, "--episodes", 4) == 0
+    results = results_of(run)
+    assert list(results["success"]) == methods.split(",")
+    assert list(folder.read_json(run / "policies" / "curves.json")) == methods.split(",")
+    assert all(set(row) == set(env.LEVELS) for row in results["success"].values())
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert all(method in page for method in methods.split(","))
 
-def test_a_run_grounds_with_the_adapter_of_another(tmp_path):
+
+def test_users_goals_reach_the_results_and_the_report(run, tmp_path, world):
+    assert smoke(run, "--goals", write_goals(tmp_path / "mine.jsonl"), "--methods", "bc+kalm") == 0
+    results = results_of(run)
+    assert set(results["success"]["bc+kalm"]) == set(env.LEVELS)
+    assert results["config"]["goals"] == str(tmp_path / "mine.jsonl")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for goal in MY_GOALS:
+        records = read_rollouts(run / "rollouts" / goal["level"], world)
+        assert len(records) == 4 and {record["goal"] for record in records} == {goal["text"]}
+    assert "<b>red" not in page and "&lt;b&gt;red" in page and "{please}: 请" in page
+    few = write_goals(tmp_path / "few.jsonl", MY_GOALS[:1])
+    assert smoke(run, "--goals", few, "--methods", "bc+kalm") == 0
+    assert set(results_of(run)["success"]["bc+kalm"]) == {"offline", "easy"}
+    assert [path.name for path in sorted((run / "rollouts").iterdir())] == ["easy", "real"]
+
+
+def test_users_data_take_the_place_of_the_experts(smoke_run, tmp_path, capsys, world):
+    data = shutil.copytree(smoke_run / "rollouts" / "real", tmp_path / "mine")
+    run = tmp_path / "run"
+    assert smoke(run, "--stage", "collect", "ground", "--data", data) == 0
+    theirs, ours = (read_rollouts(r / "rollouts" / "real", world) for r in (smoke_run, run))
+    assert [r["goal"] for r in ours] == [r["goal"] for r in theirs]
+    assert "146 rollouts of `mine`" in (run / "grounded" / "README.md").read_text("utf-8")
+    moved = data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert smoke(run, "--stage", "collect", "ground", "--data", moved) == 0
+    assert "nothing to do" in capsys.readouterr().out  # they count by their content
+
+
+# ------------------------------------------------------------------ as in Hugging Face
+
+
+def test_switches_of_hugging_face_do_in_grounding_what_they_do_elsewhere(
+    tmp_path, monkeypatch, smoke_run
+):
+    seen, layers = [], []
+    real, real_layer = ground.GroundingTrainer.compute_loss, LlamaMLP.forward
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        examples = (inputs["segments"].amax(1) // ground.SEGMENTS + 1).sum().item()
+        seen.append((self.state.global_step, model.is_gradient_checkpointing, examples))
+        return real(self, model, inputs, *args, **kwargs)
+
+    def forward(self, states):
+        layers.append(self.training)
+        return real_layer(self, states)
+
+    monkeypatch.setattr(ground.GroundingTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    options = "--gradient_accumulation_steps 2 --logging_steps 2 --eval_steps 4".split()
+    saves_memory = [*options, "--gradient_checkpointing", "true"]
+    for name, given in (("plain", options), ("saving", saves_memory)):
+        run = shutil.copytree(smoke_run, tmp_path / name)
+        seen.clear(), layers.clear()
+        assert smoke(run, "--stage", "ground", *given) == 0
+        assert [step for step, *_ in seen] == [step for step in range(8) for _ in range(2)]
+        assert {(on, size) for _, on, size in seen} == {(name == "saving", 8)}
+        passes = 2 if name == "saving" else 1  # the layers are computed again going backward
+        assert layers.count(True) == 16 * 2 * passes
+    plain, saving = (tmp_path / name / "grounded" for name in ("plain", "saving"))
+    assert (plain / "model.safetensors").read_bytes() == (saving / "model.safetensors").read_bytes()
+    log = lines_of(tmp_path / "saving" / "logs" / "grounding.jsonl")
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8]
+    assert [entry["step"] for entry in log if "eval_action_accuracy" in entry] == [4, 8]
+    assert "8 steps of 16 examples" in (saving / "README.md").read_text("utf-8")
+    config = yaml.safe_load((tmp_path / "saving" / "config.yaml").read_text("utf-8"))
+    assert (config["gradient_accumulation_steps"], config["max_steps"]) == (2, 8)
+
+
+def test_passes_instead_of_steps_are_recorded_as_what_was_done(run, capsys):
+    assert smoke(run, "--stage", "ground", "--num_train_epochs", "0.03") == 0
+    assert re.search(r"num_train_epochs\s+0.03", capsys.readouterr().out)
+    steps = [entry["step"] for entry in lines_of(run / "logs" / "grounding.jsonl")]
+    assert steps[0] == 1 and 1 < steps[-1] < 8
+    card = ModelCard.load(run / "grounded" / "README.md").text
+    assert f"{steps[-1]} steps of 8 examples" in card
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    assert config["num_train_epochs"] == 0.03 and "max_steps" not in config
+
+
+def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path, capsys):
     trained, served = tmp_path / "trained", tmp_path / "served"
-    assert kalm.main([*SMOKE, str(trained), "--stage", "collect", "ground", "--lora_rank", "2"]) == 0
-    adapter = str(trained / "grounded" / "adapter")
-    assert kalm.main([*SMOKE, str(served), "--stage", "collect", "ground", "--adapter", adapter]) == 0
-    models = [kalm.KalmForRollouts.from_pretrained(run / "grounded") for run in (trained, served)]
-    for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2 ** -8, atol=1e-6, msg=name)
-    metrics = [json.loads((run / "grounded" / "metrics.json").read_text()) for run in (trained, served)]
+    two = ("--stage", "collect", "ground")
+    assert smoke(trained, *two, "--lora_rank", 2) == 0
+    adapter = trained / "grounded" / "adapter"
+    capsys.readouterr()
+    assert smoke(served, *two, "--adapter", adapter) == 0
+    told = " ".join(capsys.readouterr().out.split("collect ...")[0].split())
+    assert f"adapter {adapter}, keep_layers 0, max_steps -1, num_train_epochs 0.0" in told
+    card = ModelCard.load(served / "grounded" / "README.md").text
+    assert "**Training**: none here. The adapter `adapter` (LoRA of rank 2) was taken" in card
+    config = yaml.safe_load((served / "config.yaml").read_text("utf-8"))
+    assert config["adapter"] == str(adapter) and not {"tasks", "learning_rate"} & set(config)
+    models = [KalmForRollouts.from_pretrained(path / "grounded") for path in (trained, served)]
+    theirs, ours = (model.state_dict() for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=1e-6)
+    metrics = [folder.read_json(path / "grounded" / "metrics.json") for path in (trained, served)]
     assert metrics[0] == metrics[1] and metrics[0]["log"]
-    assert kalm.main([*SMOKE, str(served), "--stage", "imagine", "--adapter", adapter]) == 0
-    assert kalm.main([*SMOKE, str(trained), "--adapter", adapter]) == 2  # ground would delete what it reads
-    assert kalm.main([*SMOKE, str(served), "--stage", "ground", "--adapter", adapter, "--adapter_steps", "3"]) == 0
-    log = json.loads((served / "grounded" / "adapter" / "metrics.json").read_text())["log"]
-    assert log[:-3] == metrics[0]["log"] and [entry["step"] for entry in log] == list(range(1, 12))
-    further = kalm.KalmForRollouts.from_pretrained(served / "grounded").state_dict()
-    moved = {name for name, weight in models[1].state_dict().items() if not torch.equal(weight, further[name])}
+    assert smoke(trained, "--adapter", adapter) == 2  # ground would delete what it reads
+    assert f"ground would replace {trained / 'grounded'}" in capsys.readouterr().err
+    assert smoke(served, "--stage", "ground", "--adapter", adapter, "--max_steps", 3) == 0
+    log = folder.read_json(served / "grounded" / "adapter" / "metrics.json")["log"]
+    assert log[:-3] == metrics[0]["log"]
+    assert [entry["step"] for entry in log] == list(range(1, 12))
+    card = ModelCard.load(served / "grounded" / "README.md").text
+    assert "the adapter `adapter`, trained on for 3 steps of 8 examples" in card
+    further = KalmForRollouts.from_pretrained(served / "grounded").state_dict()
+    moved = {name for name in ours if not torch.equal(ours[name], further[name])}
     assert moved and moved <= set(models[1].new_parameters())
 
 
-def test_the_cpu_scale_takes_the_released_adapter_unless_ground_is_named_or_chosen(monkeypatch, tmp_path):
-    def adapter_of(*arguments):
-        options = kalm.parse_options(["--scale", "cpu", "--output_dir", str(tmp_path), *arguments])
-        kalm.check_run_folder(options)
-        return options.adapter
-    assert adapter_of() == adapter_of("--stage", "all", "--keep", "all") == "released"
-    assert adapter_of("--stage", "collect", "ground") == adapter_of("--ground_steps", "9") == adapter_of("--llm", "tiny") == ""
-    assert adapter_of("--adapter", "mine", "--adapter_steps", "5") == "mine"
-    assert adapter_of("--adapter_steps", "5") == adapter_of("--report_to", "none") == "released"
-    assert adapter_of("--data", str(tmp_path)) == ""  # the LLM is grounded in the user's rollouts
-    trained = {"options": kalm.stage_options("ground", kalm.parse_options(["--scale", "cpu", "--stage", "ground"]))}
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": "kalm-run", "stages": {
-        "collect": {"options": {}}, "ground": trained}}))
-    assert adapter_of("--stage", "imagine") == ""
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert adapter_of("--adapter", "mine") == str(tmp_path / "mine")  # as --stage act finds it in config.yaml
+# ------------------------------------------------------------------ what is redone
+
+AFTER_IMAGINE = ["imagine", "learn", "evaluate", "report"]
+REDONE = {
+    "": [],
+    "--stage learn report": [],
+    "--logging_steps 3 --save_steps 2 --report_to none": [],
+    "--rl_steps 61": ["learn", "evaluate", "report"],
+    "--keep matched": ["learn", "evaluate", "report"],
+    "--episodes 7": ["evaluate", "report"],
+    "--export npz": ["report"],
+    "--temperatures 0.5": AFTER_IMAGINE,
+    "--split validation": AFTER_IMAGINE,
+    "--max_steps 9": ["ground", *AFTER_IMAGINE],
+    "--gradient_accumulation_steps 2": ["ground", *AFTER_IMAGINE],
+    "--train_goals 41": STAGES,
+    "--seed 1": STAGES,
+    "--llm LLM": ["ground", *AFTER_IMAGINE],
+    f"--env {TILES}": STAGES,
+    "--force": STAGES,
+    "--stage imagine --force": ["imagine"],
+}
 
 
-# -------------------------------------------------------------------------------------------------- rounds of imagining
-
-@pytest.mark.parametrize("level, candidates", [("hard", 3), ("easy", 9)])
-def test_later_rounds_imagine_from_the_starts_without_a_match(monkeypatch, tmp_path, level, candidates):
-    goals, asked = kalm.env.sample_goals(level, "test", 5, np.random.default_rng(0)), []
-
-    def imagine_some(model, tokenizer, wanted, starts, **options):
-        asked.append((options["temperature"], set(np.atleast_1d(options["candidates"])), [(g, s.tobytes()) for g, s in zip(wanted, starts, strict=True)]))
-        return [{"success": i % 3 == len(asked) - 1 or len(asked) == 3, "goal": g} for i, g in enumerate(wanted)]
-    monkeypatch.setattr(kalm.rollout, "generate_all", imagine_some)
-    options = kalm.parse_options(["--scale", "smoke", "--starts_per_goal", "4", "--step_starts", "4", "--step_candidates", "9",
-                                  "--self_check", "0", "--visited_share", "0.5", "--temperatures", "1,2,3,4"])
-    visited = kalm.env.observe(kalm.env.initial_states(np.random.default_rng(1), 7))
-    rounds = kalm.imagine_level(options, kalm.PartialState(), None, None, level, goals, visited, 0, tmp_path)
-    assert [len(made) for made in rounds] == [20, 13, 9]
-    assert [(t, tried) for t, tried, _ in asked] == [(1, {1}), (2, {candidates}), (3, {candidates})]
-    starts = [pairs for _, _, pairs in asked]
-    assert [g for g, _ in starts[0]] == [goal for goal in goals for _ in range(4)] and len(set(starts[0])) >= 15
-    for number, (before, after) in enumerate(zip(starts, starts[1:])):
-        assert after == [pair for i, pair in enumerate(before) if i % 3 != number]
-    elsewhere = sum(start in {v.tobytes() for v in visited} for _, start in starts[0])
-    assert 4 <= elsewhere <= 16
+@pytest.mark.parametrize("arguments", REDONE)
+def test_a_second_run_redoes_what_a_changed_setting_touches_and_no_more(
+    run, tmp_path, stages_run, monkeypatch, arguments
+):
+    monkeypatch.setattr(kalm.command, "check_models", lambda *_: None)
+    before = files_of(run)
+    assert smoke(run, *arguments.split()) == 0
+    assert stages_run == REDONE[arguments]
+    assert stages_run or files_of(run) == before
 
 
-# -------------------------------------------------------------------------------------------------- other options
-
-def test_chosen_methods_filters_and_fresh_weights_run_through_every_stage(monkeypatch, tmp_path):
-    monkeypatch.setattr(kalm.rollout, "explain", lambda model, tokenizer, records, *_: [
-        r["goal"] if number % 4 else "Nothing happened." for number, r in enumerate(records)])
-    options = ("--methods", "cql+both,bc,llm", "--keep", "explained", "--kept_per_goal", "1", "--dynamics_tolerance", "0.5",
-               "--balance_goals", "0", "--visited_share", "1", "--fresh_layers", "1", "--random_weights", "1", "--temperatures", "1")
-    assert kalm.main([*SMOKE, str(tmp_path / "run"), *options]) == 0
-    success = results_of(tmp_path / "run")["success"]
-    assert list(success) == ["cql+both", "bc", "llm"] and set(success["bc"]) == set(LEVELS)
-    found = kalm.imagined_rollouts(kalm.parse_options([*SMOKE, str(tmp_path / "run"), *options]))
-    for records, kept in found.values():
-        fitting = [r["goal"] for r in records if not kalm.env.contradicts(r["goal"], r["explanation"])]
-        assert len(records) == 12 and len(fitting) > len(set(fitting)) and sorted(r["goal"] for r in kept) == sorted(set(fitting))
+def test_a_changed_goals_file_is_noticed(run, tmp_path, stages_run):
+    path = tmp_path / "mine.jsonl"
+    for goals, redone in ((MY_GOALS, AFTER_IMAGINE), (MY_GOALS, []), (MY_GOALS[:2], AFTER_IMAGINE)):
+        stages_run.clear()
+        assert smoke(run, "--goals", write_goals(path, goals)) == 0
+        assert stages_run == redone
 
 
-def test_lora_and_another_split_run_through_every_stage(monkeypatch, tmp_path):
-    asked, train = [], kalm.ground.train
-    monkeypatch.setattr(kalm.ground, "train", lambda *args, tasks, **kwargs: asked.append(tasks) or train(*args, tasks=tasks, **kwargs))
-    options = ("--lora_rank", "2", "--split", "validation", "--keep", "all", "--temperatures", "0", "--seed", "5",
-               "--train_goals", "12", "--tasks", "generation,description")
-    assert kalm.main([*SMOKE, str(tmp_path / "run"), *options]) == 0
-    assert asked == [["generation", "description"]]
-    assert_complete(results_of(tmp_path / "run"))
-    model = kalm.KalmForRollouts.from_pretrained(tmp_path / "run" / "grounded")
-    assert any(".lora_" in name and torch.isfinite(p).all() for name, p in model.named_parameters())
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("imagine --novel_goals 5", "learn --novel_goals 6"),
+        ("imagine --split validation", "learn --split test"),
+        ("imagine learn --keep matched", "evaluate --keep all"),
+        ("learn --seeds 1", "evaluate --seeds 2"),
+        ("collect --seed 1", "ground"),
+    ],
+)
+def test_a_stage_whose_input_was_made_with_other_settings_says_so(run, capsys, first, second):
+    manifest = folder.read_json(run / "manifest.json")
+    stages, option = first.split(" --")
+    name, value = option.split()
+    for stage in stages.split():
+        part = "run" if name == "seed" else "settings"
+        manifest["stages"][stage][part][name] = (
+            type(manifest["stages"][stage][part][name])(value)
+            if name in manifest["stages"][stage][part]
+            else value
+        )
+    folder.write_json(run / "manifest.json", manifest)
+    assert smoke(run, "--stage", *second.split()) == 2
+    told = capsys.readouterr().err
+    assert re.search(
+        f"kalm: stage '({'|'.join(stages.split())})' was run with --{name} {value}", told
+    )

@@ -113,7 +113,7 @@ def test_the_loss_is_the_one_that_plain_loops_compute():
         return mean(TEXT, tasks) + 0.5 * mean(ACTION, tasks) + 0.5 * mean(STATE, tasks)
 
     means = [mean(kind, range(5)) for kind in (TEXT, ACTION, STATE)]
-    found = [out.text_loss.item(), out.action_loss.item(), out.state_loss.item()]
+    found = [out.losses[name].item() for name in ("text", "action", "state")]
     assert found == pytest.approx(means, rel=1e-4)
     assert out.loss.item() == pytest.approx(weighted(*range(5)), rel=1e-4)
     expected = [weighted(task) for task in range(len(TASKS))]
@@ -137,7 +137,7 @@ def test_a_batch_without_a_modality_has_no_loss_of_it_and_a_finite_gradient():
     batch["predict"] &= batch["modality"] == TEXT
     out = model(**batch)
     out.loss.backward()
-    assert out.action_loss == out.state_loss == 0 and out.loss == out.text_loss > 0
+    assert out.losses["action"] == out.losses["state"] == 0 < out.losses["text"] == out.loss
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
