@@ -478,7 +478,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     of_stages = dict(zip(STAGES, (*found[1:], acting)))
     of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
-    plan.check(given)
+    plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
     command.check_models(shared, grounding, learning)
     if collecting.data and "collect" in plan.names:
         formats.read_offline(collecting.data, world, seed)

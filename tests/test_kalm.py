@@ -1,5 +1,6 @@
 """The command: whole runs in any world, what is redone, what is recorded, several processes."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -230,14 +231,14 @@ def test_switches_of_hugging_face_do_in_grounding_what_they_do_elsewhere(
 
 
 def test_passes_instead_of_steps_are_recorded_as_what_was_done(run, capsys):
-    assert smoke(run, "--stage", "ground", "--num_train_epochs", "0.03") == 0
-    assert re.search(r"num_train_epochs\s+0.03", capsys.readouterr().out)
+    assert smoke(run, "--stage", "ground", "--num_train_epochs", 0.2, "--logging_steps", 1) == 0
+    assert re.search(r"num_train_epochs\s+0.2", capsys.readouterr().out)
     steps = [entry["step"] for entry in lines_of(run / "logs" / "grounding.jsonl")]
     assert steps[0] == 1 and 1 < steps[-1] < 8
     card = ModelCard.load(run / "grounded" / "README.md").text
     assert f"{steps[-1]} steps of 8 examples" in card
     config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    assert config["num_train_epochs"] == 0.03 and "max_steps" not in config
+    assert config["num_train_epochs"] == 0.2 and "max_steps" not in config
 
 
 def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path, capsys):
@@ -306,8 +307,11 @@ def test_a_second_run_redoes_what_a_changed_setting_touches_and_no_more(
     assert stages_run or files_of(run) == before
 
 
-def test_a_changed_goals_file_is_noticed(run, tmp_path, stages_run):
-    path = tmp_path / "mine.jsonl"
+def test_a_changed_goals_file_is_noticed(run, tmp_path, monkeypatch):
+    path, stages_run = tmp_path / "mine.jsonl", []
+    for name, stage in kalm.STAGES.items():
+        note = lambda *_, name=name: stages_run.append(name)
+        monkeypatch.setitem(kalm.STAGES, name, dataclasses.replace(stage, function=note))
     for goals, redone in ((MY_GOALS, AFTER_IMAGINE), (MY_GOALS, []), (MY_GOALS[:2], AFTER_IMAGINE)):
         stages_run.clear()
         assert smoke(run, "--goals", write_goals(path, goals)) == 0

@@ -180,7 +180,7 @@ def test_curves_leave_out_steps_that_had_no_such_loss():
     axes = report.Figure().subplots()
     log = [{"step": 1, "text_loss": 2, "action_loss": 0}, {"step": 2}, {"step": 3, "text_loss": 1}]
     report.draw_grounding(axes, log)
-    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 3], [], []]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 3], []]
     assert report.curves_figure(log, {"bc": [[0, 1.0]]}).startswith("<svg")
 
 
@@ -252,11 +252,11 @@ def test_an_episode_and_its_judge_are_told_drawn_and_logged(world, tmp_path):
     assert judge(world, goal, False) == "red is left of blue (read from the sentence)"
     assert "as the goals of the run" in judge(world, goal, True)
     assert judge(world, env.Goal(text), True).startswith("none is known")
-    missed = record(world, False, explanation="")
-    told = episode.write_account(tmp_path, world, goal, "bc", missed, False, 3)
+    missed = {**record(world, False, explanation="The The"), "goal": text}
+    told = episode.write_account(tmp_path, world, "bc", missed, 3)
     assert "  bc: goal missed, 1 actions; changed: nothing\n" in told and "does not fit" in told
-    met = record(world, explanation=SAID)
-    told = episode.write_account(tmp_path, world, goal, "bc+kalm", met, True, 3)
+    met = {**record(world, explanation=SAID), "goal": text}
+    told = episode.write_account(tmp_path, world, "bc+kalm", met, 3)
     assert "  bc+kalm: goal met, 1 actions; changed: red 0.40 m left\n" in told
     assert f'"{SAID}" (this fits the goal)' in told
     lines = (tmp_path / "logs" / "act.jsonl").read_text(encoding="utf-8").splitlines()

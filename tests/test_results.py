@@ -1,6 +1,5 @@
 """docs/results.md: the runs behind it, and the page made from their folders."""
 
-import functools
 import re
 import shutil
 import sys
@@ -18,7 +17,7 @@ def test_every_run_has_valid_options_and_a_parent_that_comes_before_it():
     for number, (name, (parent, _, stages)) in enumerate(results.RUNS.items()):
         assert parent is None or parent in list(results.RUNS)[:number]
         line = [*results.options_of(name), "--stage", *stages]
-        defaults = functools.partial(command.defaults_of, kalm.SCALES)
+        defaults = lambda given: command.defaults_of(kalm.SCALES, given)
         (_, _, grounding, imagining, *_), _ = settings.parse(line, kalm.CLASSES, defaults, {})
         assert imagining.split == ("test" if name == "main" else "validation"), name  # to report
         steps = -1 if "ground" not in stages else 1800 if "long" in name else 240
@@ -27,17 +26,16 @@ def test_every_run_has_valid_options_and_a_parent_that_comes_before_it():
 
 
 def test_a_run_begins_with_its_parents_files_and_leaves_them(smoke_run, tmp_path, monkeypatch):
-    parent = shutil.copytree(smoke_run, tmp_path / "main")
+    run, parent = tmp_path / "one", shutil.copytree(smoke_run, tmp_path / "main")
     (parent / ".lock").touch()
     before = {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
     monkeypatch.setitem(results.RUNS, "main", (None, ["--scale", "smoke"], ["all"]))
     monkeypatch.setitem(results.RUNS, "one", ("main", ["--methods", "bc+kalm"], ["learn"]))
     codes = []
-    run_line = lambda line, check: codes.append(kalm.main(line[2:]))
-    monkeypatch.setattr(results.subprocess, "run", run_line)
+    kalm_here = lambda line, check: codes.append(kalm.main(line[2:]))
+    monkeypatch.setattr(results.subprocess, "run", kalm_here)
     for _ in range(2):  # the second time nothing is left to do
         results.do_run(tmp_path, "one")
-    run = tmp_path / "one"
     assert codes == [0, 0] and len(list((run / "policies").glob("*bc*"))) == 1
     assert not (run / "results.json").exists() and (parent / ".lock").stat().st_nlink == 1
     assert (run / "quality.json").samefile(parent / "quality.json")

@@ -160,9 +160,8 @@ def test_recipe_an_algorithm_of_ones_own_has_rows_in_every_table(tree):
 
 def test_recipe_another_encoder_gives_the_policies_its_width(tree, world):
     run_here(tree, "Another goal encoder")
-    policies = tree / "runs" / "bert" / "policies"
-    table = GoalTable.load(policies / "goals.safetensors").table
-    network, *_ = rl.load_policy(policies / "bc.safetensors")
+    table = GoalTable.load(tree / "runs/bert/policies/goals.safetensors").table
+    network, *_ = rl.load_policy(tree / "runs/bert/policies/bc.safetensors")
     assert table.shape[1] == 48 and network.shapes[0][0] == world.observation_dim + 48
     assert table.std(0).min() > 0.1  # different texts have different encodings
 
