@@ -479,7 +479,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
-    command.check_models(shared, grounding, learning)
+    command.check(shared, grounding, imagining, learning)
     if collecting.data and "collect" in plan.names:
         formats.read_offline(collecting.data, world, seed)
     run = Run(manifest.run, world, shared.llm, seed, grounding.bf16, [*grounding.report_to])

@@ -23,7 +23,7 @@ from experiment import folder
 from experiment.settings import absolute, at_least, setting
 from ground import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
 from ground import rollout_positions as positions_of
-from model import ACTION, PAD, STATE, TEXT, KalmForRollouts
+from model import ACTION, PAD, SEGMENTS, STATE, TEXT, KalmForRollouts
 
 # ----------------------------------------------------------------------------------------------
 # Sequences behind a key-value cache
@@ -456,9 +456,11 @@ def dynamics_error(
     """
     model.eval()
     errors = []
-    batches = range(0, len(records), rollouts_a_row)
+    longest = max([len(record["actions"]) for record in records], default=1)
+    size = max(1, min(rollouts_a_row, (SEGMENTS - 1) // longest))  # each transition is a segment
+    batches = range(0, len(records), size)
     for start in tqdm(batches, desc="check dynamics", disable=len(records) < 1000, leave=False):
-        part = records[start : start + rollouts_a_row]
+        part = records[start : start + size]
         batch = pack([make_example("dynamics", tokenizer, world, part)])
         batch = {key: value.to(model.device) for key, value in batch.items()}
         ahead = batch["predict"][:, 1:]

@@ -64,6 +64,8 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
     Raises ValueError as `read` does, and for what offline data cannot have: novel goals, rollouts
     longer than an episode, observations out of reach, fewer than LEAST that fulfil their goal.
     """
+    if not Path(path).exists():
+        raise ValueError(f"--data {path}: no such file or folder")
     records, notes = read(path, world, seed)
     kinds = {g.kind for g in world.sample_goals("offline", "train", 100, np.random.default_rng(0))}
     for row, record in enumerate(records):
@@ -79,28 +81,24 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
 
 def _check_offline(record, world, kinds):
     level, kind, steps = record["level"], record["kind"], len(record["actions"])
+    reach = np.abs(record["observations"]).max()
     if level != "offline" or kind not in kinds:
-        raise ValueError(
-            f"level {level!r}, kind {kind!r} is not offline; use --goals for novel goals"
-        )
+        raise ValueError(f"level {level!r}, kind {kind!r} is not offline; see --goals")
     if steps > world.max_steps:
         raise ValueError(f"actions has {steps} steps; an episode has at most {world.max_steps}")
-    reach, limit = np.abs(record["observations"]).max(), world.observation_limit
-    if reach > limit:
-        raise ValueError(f"observations reach {reach:.3g}; in this world none is beyond {limit:g}")
+    if reach > world.observation_limit:
+        raise ValueError(
+            f"observations reach {reach:.3g}; none is beyond {world.observation_limit}"
+        )
 
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's. Raises ValueError if none."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    digest = hashlib.sha256()
-    for file in sorted([path, *path.rglob("*")]):
-        if file.is_file():
-            name = file.relative_to(path).as_posix()
-            digest.update(f"{name}\0{folder.sha256(file)}\0".encode())
-    return digest.hexdigest()
+    files = sorted(file for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
+    if not files:
+        raise ValueError(f"{path}: no such file or folder, or nothing in it")
+    sums = [f"{file.relative_to(path).as_posix()}\0{folder.sha256(file)}\0" for file in files]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
@@ -113,71 +111,63 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     goal = _goal(recording, world)
     arrays, is_completed = _arrays(recording, world)
     seen, actions = arrays["observations"], arrays["actions"]
-    imagined = goal.level != "offline" and "states" not in arrays
+    imagined = goal.level != "offline" and "states" not in arrays  # physics would have them
     encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
     met = world.success(encoded, seen[:-1], seen[1:], actions, imagined)
-    surplus = len(met) - 1 - int(met.argmax()) if met.any() else 0  # steps after the goal is met
+    surplus = len(met) - 1 - int(met.argmax()) if met.any() else 0  # steps after the goal was met
     arrays["met"] = met
     arrays = {name: values[: len(values) - surplus] for name, values in arrays.items()}
     seen, actions, met = arrays["observations"], arrays["actions"], arrays["met"]
     record = env.rollout_record(world, goal, seen, actions, arrays.get("states"), imagined)
-    if "dynamics_error" in arrays:
-        record["dynamics_error"] = arrays["dynamics_error"].astype(np.float32)
-    if recording.get("explanation"):
-        record["explanation"] = recording["explanation"]
+    record["dynamics_error"] = arrays.get("dynamics_error")
+    record["explanation"] = recording.get("explanation") or None
     differences = np.abs(arrays.get("rewards", record["rewards"]) - record["rewards"])
-    has_other_ends = ((arrays.get("terminals", met) != 0) != met).any()
-    found = {
-        "cut": surplus > 0,
-        "contradicted": has_other_ends or (differences > REWARD_TOLERANCE).any(),
-        "completed": is_completed and surplus == 0,
-    }
-    return record, [note for note in NOTES if found[note]]
+    is_contradicted = ((arrays.get("terminals", met) != 0) != met).any()
+    is_contradicted |= (differences > REWARD_TOLERANCE).any()
+    in_order = (surplus > 0, is_contradicted, is_completed and surplus == 0)
+    return record, [note for note, is_true in zip(NOTES, in_order) if is_true]
 
 
 def _goal(recording, world):
     """The goal of a recording; one that names no relations is read from its code or sentence."""
     if "goal" not in recording:
         raise ValueError("no text of the goal, so it cannot be judged; record infos/goal with it")
-    text, level = recording["goal"], recording.get("level", "offline")
-    if "code" in recording or "relations" not in recording:
-        return replace(world.recorded_goal(text, recording.get("code")), level=level)
-    relations = recording["relations"]
-    if isinstance(relations, str):
+    record = {"level": "offline", "kind": world.kinds[0], **recording, "text": recording["goal"]}
+    if "code" in record or "relations" not in record:
+        goal = world.recorded_goal(record["text"], record.get("code"))
+        return replace(goal, level=record["level"])
+    if isinstance(record["relations"], str):
         with rollouts.naming("relations, a text, is not JSON"):
-            relations = json.loads(relations)
-    kind = recording.get("kind", world.kinds[0])
-    goal = {"text": text, "level": level, "kind": kind, "relations": relations}
-    return env.goal_from_json(goal, world)
+            record["relations"] = json.loads(record["relations"])
+    return env.goal_from_json(record, world)
 
 
 def _arrays(recording, world):
     """The arrays of a recording as a record has them, and whether the physics gave the last one."""
     arrays = {}
-    for name in ("observations", "next_observations", "states", *recordings.PER_STEP):
+    for name in ("next_observations", "terminals", *rollouts.ARRAYS):
         if recording.get(name) is not None:
             values = recordings.numbers(name, recording[name])
-            is_column = name in recordings.PER_STEP and values.shape[1:] == (1,)
-            arrays[name] = values[:, 0] if is_column else values
-    actions = arrays["actions"]
+            if name.endswith("observations"):
+                values = values[..., : world.observation_dim].astype(np.float32)
+            elif name in recordings.PER_STEP and values.shape[1:] == (1,):
+                values = values[:, 0]
+            arrays[name] = values
+    actions, seen = arrays["actions"], arrays["observations"]
     if (actions != np.floor(actions)).any():
         raise ValueError("actions must be whole numbers, and some are not")
     arrays["actions"] = actions.astype(np.int64)
-    seen = arrays["observations"][..., : world.observation_dim].astype(np.float32)
     following = arrays.pop("next_observations", None)
     is_completed = len(seen) == len(actions) and following is None
     if is_completed:
-        seen = np.concatenate([seen, seen[-1:]])
-    elif len(seen) == len(actions):
+        following = np.concatenate([seen[1:], seen[-1:]])
+    if len(seen) == len(actions):
         if not (np.abs(following[:-1] - seen[1:]) <= 1e-4).all():
             raise ValueError("next_observations of a step are not the observations of the next")
-        seen = np.concatenate([seen, following[-1:].astype(np.float32)])
+        seen = np.concatenate([seen, following[-1:]])
     arrays["observations"] = seen
     if np.shape(arrays.get("states")) != (len(seen), world.state_dim):
         arrays.pop("states", None)  # of another world, or a row short
-    for name in {"states", "dynamics_error"} & arrays.keys():
-        if np.isnan(arrays[name]).all():  # known of other rollouts in the file
-            del arrays[name]
     rollouts.check_arrays({"rewards": np.zeros(len(actions)), **arrays}, world)
     if is_completed:
         last = world.state_from_observation(seen[-2:-1])

@@ -1,8 +1,7 @@
 """Minari datasets (HDF5, Arrow, Parquet), read and written by the optional package `minari`.
 
-What is told of an episode lies in its infos, one value a step, as `minari.DataCollector` records
-those of `env.WorldEnv` with record_infos=True: so it survives combining and filtering.
-This file judges nothing.
+Goals lie in infos, as `minari.DataCollector` records those of `env.WorldEnv` with
+record_infos=True: so they survive combining and filtering. This file judges nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +32,10 @@ def recordings_of(path: Path) -> Iterator[dict]:
         raise ValueError("neither a rollouts dataset nor a Minari dataset, with metadata.json")
     MinariStorage = package().dataset.minari_storage.MinariStorage
     metadata = MinariStorage.read_raw_metadata(data)
-    for space in ("observation_space", "action_space"):
-        if space not in metadata:  # Minari would make the environment that the file names
-            raise ValueError(f"metadata.json has no {space!r}; refused")
+    if not {"observation_space", "action_space"} <= metadata.keys():
+        raise ValueError(
+            "metadata.json has no spaces, and the environment that it names is not made"
+        )
     if metadata["data_format"] == "hdf5":
         recordings.open_hdf5(data / "main_data.hdf5").close()
     for file in data.glob("*/*.arrow"):  # a damaged one can end the process
@@ -53,7 +53,7 @@ def _recording(episode, attributes):
     recording["terminals"] = episode["terminations"]
     recording["states"] = infos.get("state")
     if "dynamics_error" in infos:
-        recording["dynamics_error"] = np.asarray(infos["dynamics_error"])[1:]
+        recording["dynamics_error"] = np.asarray(infos["dynamics_error"], np.float32)[1:]
     for name in recordings.TEXTS.values():
         texts = {recordings.text_of(name, value) for value in infos.get(name, [])}
         if len(texts) > 1:
@@ -69,11 +69,8 @@ def write_minari(path: Path, records: Sequence[dict], world: env.World) -> None:
     """
     minari = package()
     face = env.WorldEnv(world)
-    spec = EnvSpec(
-        id=f"KALM/{type(world).__name__}-v0",
-        entry_point="env:WorldEnv",
-        kwargs={"world": world.name},
-    )
+    spec = EnvSpec(f"KALM/{type(world).__name__}-v0", "env:WorldEnv", kwargs={"world": world.name})
+    name = f"{path.parent.name}/{path.name}"
     with folder.replacing(path) as aside:
         aside.mkdir()
         storage = minari.dataset.minari_storage.MinariStorage.new(
@@ -81,14 +78,7 @@ def write_minari(path: Path, records: Sequence[dict], world: env.World) -> None:
         )
         episodes = map(_episode, records)
         storage.update_episodes(minari.data_collector.EpisodeBuffer(**e) for e in episodes)
-        storage.update_metadata(
-            {
-                "dataset_id": f"{path.parent.name}/{path.name}",
-                "minari_version": minari.__version__,
-                "author": {"KALM"},
-                "description": "Rollouts, real or imagined; infos tell goal, kind and relations",
-            }
-        )
+        storage.update_metadata({"dataset_id": name, "minari_version": minari.__version__})
 
 
 def _episode(record):
@@ -96,16 +86,11 @@ def _episode(record):
     steps = len(record["actions"])
     last = np.arange(steps) == steps - 1
     infos = {name: [text] * (steps + 1) for name, text in recordings.texts_of(record).items()}
-    infos["success"] = [False, *(last & record["success"]).tolist()]
     if record.get("states") is not None:
         infos["state"] = record["states"]
     if record.get("dynamics_error") is not None:
         infos["dynamics_error"] = [np.nan, *record["dynamics_error"].tolist()]
-    return {
-        "observations": record["observations"],
-        "actions": record["actions"],
-        "rewards": record["rewards"],
-        "terminations": last & record["success"],
-        "truncations": last & (not record["success"]),
-        "infos": infos,
-    }
+    episode = {name: record[name] for name in ("observations", "actions", "rewards")}
+    episode["terminations"] = last & record["success"]
+    episode["truncations"] = last & (not record["success"])
+    return {**episode, "infos": infos}

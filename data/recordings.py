@@ -10,7 +10,6 @@ import json
 import pickle
 import pickletools
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from experiment import folder
 
 LARGEST = 8 * 2**30  # bytes of arrays that are read from one file
 PER_STEP = ("actions", "rewards", "terminals", "dynamics_error")
-TEXTS = {
-    name: name for name in ("level", "kind", "relations")
-}  # fields, and what records call them
-TEXTS |= {"instructions": "goal", "explanations": "explanation"}
+TEXTS = {name: name for name in ("level", "kind", "relations")}
+TEXTS |= {"instructions": "goal", "explanations": "explanation"}  # fields, and names in records
 FIELDS = ("observations", "next_observations", "states", "masks", "goals", *PER_STEP, *TEXTS)
 
 
@@ -33,18 +30,13 @@ def recordings_of(path: Path, seed: int) -> Iterator[dict]:
     seed: draws one of several instructions. Raises ValueError that names the field.
     """
     fields = READERS[path.suffix.lower()](path)
-    for name in ("observations", "actions", "masks", "instructions"):
+    for name in ("masks", "observations", "actions", "instructions", *fields):
         if name not in fields:
             raise ValueError(f"field {name!r} is missing; data/README.md describes the format")
-    for name, values in fields.items():
-        if len(values) != len(fields["masks"]):
-            raise ValueError(f"{name} has {len(values)} rollouts, masks {len(fields['masks'])}")
-    return _recordings(fields, np.random.default_rng(seed))
-
-
-def _recordings(fields, rng):
-    for row in range(len(fields["masks"])):
-        yield _recording({name: values[row] for name, values in fields.items()}, rng)
+        if len(fields[name]) != len(fields["masks"]):
+            raise ValueError(f"{name} has {len(fields[name])} rollouts, masks another number")
+    rng = np.random.default_rng(seed)
+    return (_recording(dict(zip(fields, row)), rng) for row in zip(*fields.values()))
 
 
 def _recording(fields, rng):
@@ -55,7 +47,7 @@ def _recording(fields, rng):
         raise ValueError("masks must be ones for the steps of the rollout, then zeros")
     texts = fields["instructions"]
     if not isinstance(texts, (str, bytes)):
-        fields["instructions"] = list(texts)[rng.integers(len(texts))]
+        fields["instructions"] = texts[rng.integers(len(texts))]
     recording = {}
     for name in TEXTS.keys() & fields.keys():
         recording[TEXTS[name]] = text_of(name, fields[name])
@@ -70,11 +62,9 @@ def _recording(fields, rng):
 
 
 def texts_of(record: dict) -> dict[str, str]:
-    """What a record says in words, relations as JSON."""
-    texts = {name: record[name] for name in ("goal", "level", "kind")}
-    texts["relations"] = json.dumps(record["relations"])
-    texts["explanation"] = (record.get("explanation") or "").replace("\0", "\ufffd")
-    return texts
+    """What a record says in words, relations as JSON; without NUL, which HDF5 cannot hold."""
+    texts = {name: str(record.get(name) or "").replace("\0", " ") for name in TEXTS.values()}
+    return {**texts, "relations": json.dumps(record["relations"])}
 
 
 def text_of(field: str, value: object) -> str:
@@ -89,29 +79,24 @@ def text_of(field: str, value: object) -> str:
 def numbers(field: str, values: object) -> np.ndarray:
     """The values, if they are an array of numbers."""
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
-        found = getattr(values, "dtype", type(values).__name__)
-        raise ValueError(f"{field} must be an array of numbers, got {found}")
+        raise ValueError(f"{field} must be an array of numbers")
     return values
 
 
 def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:
-    """Records as a dict of arrays, padded to the longest rollout.
-
-    Observations end in the goal text's encoding, if there is one.
-    """
-    lengths = np.array([len(record["actions"]) for record in records])
-    steps = int(lengths.max())
-    left = lengths[:, None] - np.arange(steps)  # the last step has one left
-    success = np.array([record["success"] for record in records])
+    """Records as padded arrays; observations end in the goal text's encoding, if there is one."""
+    last = np.array([[len(record["actions"]) - 1] for record in records])
+    steps = int(last.max()) + 1
+    success = np.array([[record["success"]] for record in records])
     seen = _padded([record["observations"][:-1] for record in records], steps)
     texts = [texts_of(record) for record in records]
     fields = {name: np.array([text[field] for text in texts]) for name, field in TEXTS.items()}
-    fields["masks"] = (left > 0).astype(np.int32)
-    fields["terminals"] = (left == 1) & success[:, None]
+    fields["masks"] = (np.arange(steps) <= last).astype(np.int32)
+    fields["terminals"] = (np.arange(steps) == last) & success
     fields["next_observations"] = _padded([r["observations"][1:] for r in records], steps)
     for name in ("actions", "rewards", "states", "dynamics_error"):
         values = [record.get(name) for record in records]
-        if any(value is not None for value in values):
+        if all(value is not None for value in values):
             fields[name] = _padded(values, steps + (name == "states"))
     if encode is not None:
         encodings = np.asarray(encode([text["goal"] for text in texts]), np.float32)
@@ -121,38 +106,28 @@ def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None
 
 
 def _padded(values, steps):
-    """Arrays of rollouts as one, (N, steps, ...): zero past the end; NaN in place of None."""
-    like = next(value for value in values if value is not None)
-    array = np.zeros((len(values), steps, *like.shape[1:]), like.dtype)
+    """Arrays of rollouts as one, (N, steps, ...), zero past their end."""
+    array = np.zeros((len(values), steps, *values[0].shape[1:]), values[0].dtype)
     for row, value in enumerate(values):
-        array[row, : None if value is None else len(value)] = np.nan if value is None else value
+        array[row, : len(value)] = value
     return array
-
-
-# ----------------------------------------------------------------------------------------------
-# Files as {field: array}
 
 
 def _read_npy(path):
     with open(path, "rb") as stream:
         np.lib.format.read_magic(stream)
         shape, _, _ = np.lib.format.read_array_header_1_0(stream)
-        found = unpickle(stream.read()) if shape == () else "single array"
+        found = unpickle(stream.read()) if shape == () else None
     if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}; a recording is a dict of arrays")
+        raise ValueError("it does not hold what a recording is, a dict of arrays")
     return {name: found[name] for name in FIELDS if name in found}
 
 
 def _read_npz(path):
-    arrays = {}
-    with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if member.filename[:-4] in FIELDS]
-        _check_size(member.file_size for member in members)
-        for member in members:
-            with archive.open(member) as stream:
-                array = np.lib.format.read_array(stream, allow_pickle=False)
-            arrays[member.filename[:-4]] = array
-    return arrays
+    with np.lib.npyio.NpzFile(path) as file:
+        names = [name for name in FIELDS if name in file]
+        _check_size(file.zip.getinfo(f"{name}.npy").file_size for name in names)
+        return {name: file[name] for name in names}
 
 
 def _read_hdf5(path):
@@ -161,23 +136,19 @@ def _read_hdf5(path):
 
 
 def open_hdf5(path: Path):  # noqa: ANN201 - h5py is optional
-    """An h5py.File that holds all its data itself, and no more of it than is read."""
-    try:
-        import h5py
-    except ImportError:
-        raise ValueError('HDF5 needs an optional package; `pip install "minari[hdf5]"`') from None
+    """An h5py.File that holds all its data itself, and no more than is read. Raises ValueError."""
+    import h5py
+
     file = h5py.File(path)
     sizes = []
 
-    def name_if_elsewhere(name, link):
+    def check(name, link):
         found = file[name] if isinstance(link, h5py.HardLink) else None
+        if found is None or getattr(found, "external", 0) or getattr(found, "is_virtual", 0):
+            raise ValueError(f"{name} is a link, or lies in another file; refused")
         sizes.append(getattr(found, "nbytes", 0))
-        is_here = found is not None and not getattr(found, "external", None)
-        return None if is_here and not getattr(found, "is_virtual", False) else name
 
-    elsewhere = file.visititems_links(name_if_elsewhere)
-    if elsewhere is not None:
-        raise ValueError(f"{elsewhere} is a link, or lies in another file; refused")
+    file.visititems_links(check)
     _check_size(sizes)
     return file
 

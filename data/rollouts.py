@@ -79,43 +79,33 @@ def naming(where: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # libraries raise whatever they meet in a damaged file
         words = " ".join(str(error).split())[:300]
-        if not isinstance(error, ValueError):
+        if not isinstance(error, (ValueError, OSError)):
             words = f"damaged, or not of its format ({type(error).__name__}: {words})"
         raise ValueError(f"{where}: {words}") from error
-
-
-def is_imagined(record: dict) -> bool:
-    """Whether a model wrote a rollout: it is of a novel goal, and no physics has states for it."""
-    return record["level"] != "offline" and record.get("states") is None
 
 
 def check_record(record: dict, world: env.World) -> None:
     """Raise ValueError that says what is wrong with a rollout record, if anything is."""
     check_arrays(record, world)
-    if not isinstance(record["success"], bool):
-        raise ValueError(f"success must be true or false, got {record['success']!r}")
-    if record["relations"] is None:
-        raise ValueError("relations must be a list, got null")
-    world.check_goal(env.goal_of(record))
+    env.goal_from_json({**record, "text": record["goal"]}, world)
 
 
-def check_arrays(record: dict, world: env.World) -> None:
+def check_arrays(arrays: dict, world: env.World) -> None:
     """Raise ValueError unless arrays have a record's shapes, are finite, and actions in range."""
-    steps = 0 if record["actions"] is None else len(record["actions"])
+    steps = np.size(arrays["actions"])
     if steps == 0:
-        raise ValueError("a rollout needs at least one action")
+        raise ValueError("actions are none; a rollout needs at least one action")
     shapes = dict.fromkeys(("actions", "rewards", "terminals", "dynamics_error"), (steps,))
     shapes["observations"] = (steps + 1, world.observation_dim)
     shapes["states"] = (steps + 1, world.state_dim)
     for field, shape in shapes.items():
-        values = record.get(field)
+        values = arrays.get(field)
         if values is None and field in ("terminals", *OPTIONAL):
             continue
-        found = np.shape(values)
-        if found != shape:
-            raise ValueError(f"{field} must have shape {shape} for {steps} actions, got {found}")
+        if np.shape(values) != shape:
+            raise ValueError(f"{field} must have shape {shape}, got {np.shape(values)}")
         if not np.isfinite(values).all():
             raise ValueError(f"{field} has NaN or infinite values")
-    least, most = record["actions"].min(), record["actions"].max()
+    least, most = arrays["actions"].min(), arrays["actions"].max()
     if least < 0 or most >= world.num_actions:
         raise ValueError(f"actions must be in 0..{world.num_actions - 1}, got {least}..{most}")

@@ -104,8 +104,15 @@ def bf16_is_fast() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def check_models(run: RunArguments, ground: GroundingArguments, learn: LearnArguments) -> None:
-    """Fetch the language model if need be; raise ValueError where models and settings differ."""
+def check(
+    run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
+) -> None:
+    """Raise ValueError for what models or settings of two stages do not allow. Fetches the language
+    model if need be.
+    """
+    if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
+        filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
+        raise ValueError(f"{filters} needs --self_check true")
     if ground.adapter != "none":
         adapter_folder(ground.adapter)
     if learn.encoder != "llm":

@@ -1,284 +1,309 @@
-"""Bad input: each case gives one sentence that says what, where and what to do, exit code 2, no traceback, and nothing is written.
+"""Bad input: one sentence that says what, where and what to do, exit code 2, nothing is written.
 
-Lines of a goals file and rows of a dataset have their own tables, in test_env.py and test_rollout.py.
+Lines of a goals file, rows of a dataset and recordings have tables of their own, in test_env.py,
+test_rollouts_on_disk.py and test_formats.py.
 """
+
 import json
-import os
 import shutil
 
 import datasets
 import pytest
-from conftest import run_kalm
-from test_kalm import MY_GOALS, files_of
-from test_rollout import plain_rows
+from conftest import ROOT, run_kalm, tiny_llm
+from test_kalm import MY_GOALS, SMOKE, files_of, smoke
 
 import kalm
-from data import llm
+from data.grounded import load_grounded
+from experiment import folder
 
-SMOKE = ("--scale", "smoke", "--output_dir")
 BROKEN = json.dumps(MY_GOALS[0]) + '\n{"text": \n'
-BAD_OPTIONS = {  # arguments, the content of mine.jsonl, what the message names
-    "unknown stage": (["--stage", "dream"], "", "dream"),
-    "unknown scale": (["--scale", "huge"], "", "huge"),
-    "unknown LLM": (["--llm", "nosuchmodel"], "", "nosuchmodel"),
-    "unknown encoder": (["--encoder", "nosuchmodel"], "", "nosuchmodel"),
-    "too many layers": (["--llm", "LLM", "--keep_layers", "3"], "", "2 layers"),
-    "too many encoder layers": (["--llm", "LLM", "--encoder_layers", "3"], "", "2 layers"),
-    "unknown split": (["--split", "train"], "", "train"),
-    "unknown keep": (["--keep", "best"], "", "best"),
-    "missing goals file": (["--goals", "absent.jsonl"], "", "absent.jsonl"),
-    "broken goals file": (["--goals", "mine.jsonl"], BROKEN, "mine.jsonl, line 2"),
-    "unknown level": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "level": "heroic"}), "heroic"),
-    "training level": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "level": "offline"}), "offline"),
-    "unknown colour": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "relations": [["mauve", None, "left"]]}), "mauve"),
-    "goals not UTF-8": (["--goals", "mine.jsonl"], b'{"text": "caf\xe9"}', "mine.jsonl"),
-    "missing input": (["--stage", "learn"], "", "--stage collect"),
-    "missing input of a later stage": (["--stage", "collect", "ground", "learn"], "", "--stage imagine"),
-    "no run folder": (["--output_dir", "photos"], "", "photos"),
-    "foreign manifest": (["--output_dir", "foreign"], "", "manifest.json"),
-    "output is a file": (["--output_dir", "mine.jsonl"], "", "mine.jsonl"),
-    "negative size": (["--train_goals", "-3"], "", "--train_goals"),
-    "no episodes": (["--episodes", "0"], "", "--episodes"),
-    "negative rate": (["--rl_learning_rate", "-0.1"], "", "--rl_learning_rate"),
-    "rate no number": (["--learning_rate", "nan"], "", "--learning_rate"),
-    "too little of a batch": (["--imaginary_share", "0.05"], "", "--rl_batch times --imaginary_share is 2 of a batch, for 3 sources"),
-    "all imaginary": (["--imaginary_share", "1"], "", "--imaginary_share"),
-    "training on no adapter": (["--adapter_steps", "5"], "", "--adapter released"),
-    "no adapter": (["--adapter", "photos"], "", "photos has no adapter_model.safetensors"),
-    "fresh layers below an adapter": (["--fresh_layers", "1", "--lora_rank", "2"], "", "--lora_rank 0"),
-    "random weights below an adapter": (["--random_weights", "1", "--adapter", "photos"], "", "no --adapter"),
-    "too many fresh layers": (["--llm", "LLM", "--fresh_layers", "3"], "", "2 layers"),
-    "more fresh than kept": (["--llm", "LLM", "--keep_layers", "1", "--fresh_layers", "2"], "", "1 layers that are kept"),
-    "half a switch": (["--self_check", "2"], "", "--self_check is 0 or 1"),
-    "more than all visited": (["--visited_share", "1.5"], "", "--visited_share"),
-    "filter without check": (["--keep", "explained", "--self_check", "0"], "", "--self_check 1"),
-    "unknown method": (["--methods", "bc,sac"], "", "sac"),
-    "a method twice": (["--methods", "bc,bc"], "", "--methods"),
-    "unknown task": (["--tasks", "dynamics,sleep"], "", "sleep"),
-    "temperatures no numbers": (["--temperatures", "1;2"], "", "--temperatures"),
-    "no candidates": (["--step_candidates", "0"], "", "--step_candidates"),
-    "more candidates than actions": (["--candidates", "41"], "", "--candidates"),
-    "negative temperature": (["--temperatures", "1,-1"], "", "--temperatures"),
-    "negative seed": (["--seed", "-1"], "", "--seed"),
-    "negative seed with goals": (["--seed", "-1", "--goals", "mine.jsonl"], json.dumps(MY_GOALS[0]), "--seed"),
-    "unknown option": (["--nosuch", "3"], "", "unknown option --nosuch"),
-    "abbreviated option": (["--episode", "3"], "", "--episode: did you mean --episodes?"),
-    "an option with hyphens": (["--ground-steps=3000000000000000"], "", "did you mean --ground_steps?"),
-    "word for a number": (["--episodes", "many"], "", "--episodes: invalid int value: 'many'"),
-    "act without a goal": (["--stage", "act"], "", "--goal"),
-    "a goal without act": (["--goal", "Push red."], "", "--stage act"),
-    "act without a run": (["--stage", "act", "--goal", "Push red."], "", "--stage ground"),
-    "unknown tracker": (["--report_to", "pigeon"], "", "pigeon"),
-    "missing config": (["--config", "absent.yaml"], "", "absent.yaml"),
-    "broken config": (["--config", "mine.jsonl"], "seed: 1\nscale: [", "mine.jsonl, line 2"),
-    "config is a list": (["--config", "mine.jsonl"], "- seed", "mine.jsonl"),
-    "nearly a config key": (["--config", "mine.jsonl"], "rl_step: 3", "'rl_step': did you mean rl_steps?"),
-    "config value no number": (["--config", "mine.jsonl"], "episodes: many", "episodes takes a whole number, got 'many'"),
-    "config value half a step": (["--config", "mine.jsonl"], "rl_steps: 60.5", "rl_steps"),
-    "fraction for a number": (["--seeds", "1.5"], "", "--seeds: invalid int value"),
-    "word for a rate": (["--learning_rate", "fast"], "", "--learning_rate: invalid float value"),
-    "no stage": (["--stage"], "", "--stage: expected at least one argument"),
-    "no value": (["--output_dir"], "", "expected one argument"),
-    "a word too many": (["smoke"], "", "smoke"),
-    "infinite rate": (["--rl_learning_rate", "inf"], "", "--rl_learning_rate"),
-    "share no number": (["--imaginary_share", "nan"], "", "--imaginary_share"),
-    "no seeds": (["--seeds", "0"], "", "--seeds"),
-    "no steps": (["--rl_steps", "0"], "", "--rl_steps"),
-    "negative layers": (["--keep_layers", "-1"], "", "--keep_layers"),
-    "negative minutes": (["--checkpoint_minutes", "-1"], "", "--checkpoint_minutes"),
-    "minutes no number": (["--checkpoint_minutes", "nan"], "", "--checkpoint_minutes"),
-    "infinite temperature": (["--temperatures", "inf"], "", "--temperatures"),
-    "no temperature": (["--temperatures", ""], "", "--temperatures"),
-    "no methods": (["--methods", ""], "", "--methods"),
-    "a stage twice wrong": (["--stage", "collect", "colect"], "", "colect"),
-    "goals file is a folder": (["--goals", "photos"], "", "photos"),
-    "empty goals file": (["--goals", "mine.jsonl"], "", "mine.jsonl: no goals"),
-    "goals file of one array": (["--goals", "mine.jsonl"], json.dumps(MY_GOALS), "mine.jsonl, line 1: a goal is a JSON object"),
-    "goals with a number as text": (["--goals", "mine.jsonl"], json.dumps({**MY_GOALS[0], "text": 5}), "mine.jsonl, line 1"),
-    "goals with nested JSON bombs": (["--goals", "mine.jsonl"], "[" * 100_000, "mine.jsonl, line 1"),
-    "goals with a null byte": (["--goals", "mine.jsonl"], b"\0\0\0", "mine.jsonl, line 1"),
-    "folder without config as LLM": (["--llm", "photos"], "", "photos: this folder has no config.json"),
-    "LLM of unknown architecture": (["--llm", "odd_type"], "", "odd_type: its config.json"),
-    "LLM with broken config": (["--llm", "odd_json"], "", "odd_json: its config.json"),
-    "LLM without weights": (["--llm", "odd_weights"], "", "odd_weights: this folder has no *.safetensors"),
-    "LLM with code of its own": (["--llm", "odd_code"], "", "odd_code: its config.json"),
-    "output folder without manifest, unicode": (["--output_dir", "фото и so weiter"], "", "фото и so weiter"),
-    "manifest no JSON": (["--output_dir", "manifest_cut"], "", "manifest.json is not a manifest"),
-    "manifest not UTF-8": (["--output_dir", "manifest_bytes"], "", "manifest.json is not a manifest"),
-    "manifest of odd stages": (["--output_dir", "manifest_stages"], "", "manifest.json is not a manifest"),
+COMMANDS = {  # a command line, and what the sentence names
+    "--stage collect colect": "'colect'",
+    "--output_dir": "expected one argument",
+    "smoke": "unknown option smoke",
+    "--nosuch 3": "unknown option --nosuch",
+    "--ground-steps=300": "--ground-steps=300: it is --max_steps now",
+    "--episodes many": "--episodes: invalid int value: 'many'",
+    "--llm LLM --keep_layers 3": "2 layers",
+    "--llm LLM --encoder_layers 3": "2 layers",
+    "--llm LLM --keep_layers 1 --fresh_layers 2": "1 layers that are kept",
+    "--llm photos": "photos: this folder has no config.json",
+    "--llm odd_type": "odd_type: its config.json",
+    "--llm odd_json": "odd_json: its config.json",
+    "--llm odd_weights": "odd_weights: this folder has no *.safetensors",
+    "--llm odd_code": "odd_code: its config.json",
+    "--env mars": "--env mars: there is clevr_robot",
+    "--goals photos": "photos: no such file",
+    "--data absent.npz": "--data absent.npz: no such file or folder",
+    "--stage collect ground learn": "run `--stage imagine` first",
+    "--output_dir photos": "photos has files but no manifest.json",
+    "--output_dir фото": "фото has files but no manifest.json",
+    "--output_dir mine": "mine is a file",
+    "--output_dir foreign": "manifest.json is not a manifest",
+    "--output_dir manifest_cut": "manifest.json is not a manifest",
+    "--output_dir manifest_bytes": "manifest.json is not a manifest",
+    "--output_dir manifest_stages": "manifest.json is not a manifest",
+    "--imaginary_share 0.05": "--rl_batch times --imaginary_share is 2 of a batch, for 3 sources",
+    "--candidates 41": "at most 40, the number of actions in clevr_robot",
+    "--keep explained --self_check false": "needs --self_check true",
+    "--dynamics_tolerance 0.1 --self_check no": "needs --self_check true",
+    "--methods bc,cql+klam": "did you mean cql+kalm?",
+    "--adapter photos": "photos has no adapter_model.safetensors",
+    "--fresh_layers 1 --lora_rank 2": "--lora_rank 0",
+    "--random_weights --adapter photos": "--adapter none",
+    "--report_to comet_ml": "pip install comet_ml",
+    "--stage act": "takes a --goal in words",
+    "--goal Red.": "--stage act stands alone",
+    "--stage act --goal Red.": "run `--stage ground` first",
+    "--stage act learn --goal Red.": "--stage act stands alone",
+    "--config absent.yaml": "absent.yaml: No such file",
 }
-CONFIGS = {"odd_type": '{"model_type": "nosuchmodel"}', "odd_json": '{"model_type": ', "odd_weights": '{"model_type": "llama"}',
-           "odd_code": '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}'}
-MANIFESTS = {"foreign": b"{}", "manifest_cut": b'{"format": "kalm-run", "sta', "manifest_bytes": b"\xff\xfe\x00",
-             "manifest_stages": b'{"format": "kalm-run", "stages": {"collect": 3}}'}
+OUT_OF_RANGE = """--stage | --scale huge | --seeds 1.5 | --learning_rate fast | --self_check 2
+--gradient_checkpointing perhaps | --lr_scheduler_type x | --eval_strategy x | --optim x | --data x
+--llm nosuchmodel | --encoder nosuchmodel | --env x.py:Mars | --split train | --keep best | --goals x
+--train_goals -3 | --episodes 0 | --novel_goals 0 | --keep_layers -1 | --learning_rate nan | --seed -1
+--rl_learning_rate inf | --num_train_epochs -1 | --per_device_train_batch_size 0 | --imaginary_share 1
+--visited_share 1.5 | --temperatures 1;2 | --temperatures inf | --temperatures= | --step_candidates 0
+--methods bc,sac | --methods bc,bc | --methods= | --tasks dynamics,sleep | --report_to pigeon
+--export csv | --config photos | --episode 3 | --stage dream | --steps 3 | --seed 1e3"""
+for case in OUT_OF_RANGE.replace("\n", " | ").split(" | "):  # the sentence names the option
+    COMMANDS[case] = {"--stage dream": "'dream'"}.get(case, case.split()[0].strip("=-"))
+FILES = {  # the content of a file, the option that takes it, what the sentence names
+    "broken goal": (BROKEN, "--goals", "mine, line 2: not JSON"),
+    "training level": ({**MY_GOALS[0], "level": "offline"}, "--goals", "level 'offline'"),
+    "no UTF-8": (b'{"text": "caf\xe9"}', "--goals", "mine is not UTF-8"),
+    "one array": (MY_GOALS, "--goals", "mine, line 1: a goal is a JSON object"),
+    "nested too deep": ("[" * 100_000, "--goals", "mine, line 1: not JSON (nested too deep)"),
+    "null bytes": (b"\0\0\0", "--goals", "mine, line 1: not JSON"),
+    "goals of another world": (MY_GOALS[0], "--env tiles.py:Tiles --goals", "mine, line 1"),
+    "broken YAML": ("seed: 1\nscale: [", "--config", "mine, line 2: neither YAML nor JSON"),
+    "YAML of no UTF-8": (b"seed: \xff", "--config", "mine: neither YAML nor JSON"),
+    "YAML of code": ("seed: !!python/object/apply:os.system [ls]", "--config", "mine, line 1"),
+    "a list": ("- seed", "--config", "found a list"),
+    "no name": ("5: 3", "--config", "there is no option 5"),
+    "a word for a number": ("episodes: many", "--config", "--episodes: invalid int value: 'many'"),
+    "half a step": ("rl_steps: 60.5", "--config", "--rl_steps/--rl-steps: invalid int value"),
+    "no recording": ("a cat", "--data", "mine"),
+}
+CONFIGS = {
+    "odd_type": '{"model_type": "nosuchmodel"}',
+    "odd_json": '{"model_type": ',
+    "odd_weights": '{"model_type": "llama"}',
+    "odd_code": '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}',
+}
+MANIFESTS = {
+    "foreign": b"{}",
+    "manifest_cut": b'{"format": "kalm-run", "sta',
+    "manifest_bytes": b"\xff\xfe\x00",
+    "manifest_stages": b'{"format": "kalm-run", "stages": {"collect": 3}}',
+}
 
 
-def one_sentence(capsys, named):
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("kalm: ") and named in err and "\n" not in err, err
+def assert_refused(capsys, run, arguments, *names):
+    """One sentence with these names, and nothing of a run."""
+    before = files_of(run.parent)
+    assert kalm.main(["--scale", "smoke", "--output_dir", run, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("kalm: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert all(name in err for name in names), err
+    assert "shows where" not in err and "Error" not in err.replace("(OSError)", ""), err
+    assert files_of(run.parent) == before and not run.exists()
 
 
-@pytest.mark.parametrize("arguments, goals, named", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
-def test_a_bad_command_line_goals_file_or_folder_is_refused(tmp_path, monkeypatch, capsys, stages_run, arguments, goals, named):
+@pytest.fixture
+def here(tmp_path, monkeypatch, stages_run):
+    """An empty folder, in which no stage may begin and no hub can be reached."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "mine.jsonl").write_bytes(goals if isinstance(goals, bytes) else goals.encode())
-    for folder in {*arguments} & {"photos", "фото и so weiter", *CONFIGS, *MANIFESTS}:
-        os.mkdir(folder)
-        (tmp_path / folder / "cat.txt").write_text("a cat")
-        if folder in CONFIGS:
-            (tmp_path / folder / "config.json").write_text(CONFIGS[folder])
-            (tmp_path / folder / "mine.py").write_text("open('was_run', 'w')\nclass Config: pass\n")
-        if folder in MANIFESTS:
-            (tmp_path / folder / "manifest.json").write_bytes(MANIFESTS[folder])
-    if "LLM" in arguments:
-        for part in llm.tiny(0):
+    yield tmp_path
+    assert stages_run == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_command_line_is_refused_before_anything_is_written(here, capsys, world, command):
+    (here / "mine").touch()
+    for name in {*command.split()} & {"photos", "фото", *CONFIGS, *MANIFESTS}:
+        (here / name).mkdir()
+        (here / name / "cat.txt").write_text("a cat")
+        if name in CONFIGS:
+            (here / name / "config.json").write_text(CONFIGS[name])
+            (here / name / "mine.py").write_text("open('was_run', 'w')\nclass Config: pass\n")
+        if name in MANIFESTS:
+            (here / name / "manifest.json").write_bytes(MANIFESTS[name])
+    if "LLM" in command:
+        for part in tiny_llm(world):
             part.save_pretrained("LLM")
-    before = files_of(tmp_path)
-    assert kalm.main(["--scale", "smoke", "--output_dir", "run", *arguments]) == 2
-    one_sentence(capsys, named)
-    assert files_of(tmp_path) == before and not (tmp_path / "run").exists() and stages_run == []
+    assert_refused(capsys, here / "run", command.split(), COMMANDS[command])
 
 
-# ------------------------------------------------------------------------------------------------- files of other stages
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_of_goals_settings_or_data_is_refused(here, capsys, case):
+    content, options, named = FILES[case]
+    if not isinstance(content, (str, bytes)):
+        content = json.dumps(content)
+    (here / "mine").write_bytes(content if isinstance(content, bytes) else content.encode())
+    shutil.copy(ROOT / "docs" / "tiles.py", "tiles.py")
+    assert_refused(capsys, here / "run", [*options.split(), "mine"], named)
 
-def forget_checksums(run):
-    """As if whoever changed the files of a run had also forged its manifest."""
-    manifest = json.loads((run / "manifest.json").read_text())
+
+def test_a_world_that_is_none_is_refused_in_one_sentence(here, capsys):
+    (here / "mine.py").write_text("class Mine:\n    pass\n")
+    (here / "broken.py").write_text("class Mine(:\n")
+    assert_refused(
+        capsys, here / "run", ["--env", "mine.py:Mine"], "not a class made from env.World"
+    )
+    assert kalm.main([*SMOKE, here / "run", "--env", "broken.py:Mine"]) == 2
+    assert "SyntaxError" in capsys.readouterr().err and not (here / "run").exists()
+
+
+def test_a_grounded_model_is_refused_as_language_model(smoke_run, here, capsys):
+    grounded = smoke_run / "grounded"
+    named = f"--llm {grounded}: this folder is a grounded model of ours; give the language model"
+    assert_refused(capsys, here / "run", ["--llm", grounded], named)
+
+
+# ------------------------------------------------------------------ files of other stages
+
+
+def forge_checksums(run):
+    """As if whoever changed the files of a run had changed its manifest too."""
+    manifest = folder.read_json(run / "manifest.json")
     for stage in manifest["stages"].values():
-        del stage["files"]
-    (run / "manifest.json").write_text(json.dumps(manifest))
+        stage["files"] = {}
+    folder.write_json(run / "manifest.json", manifest)
+
+
+def changed_rows(change):
+    def damage(run, world):
+        real = run / "rollouts" / "real"
+        rows = datasets.load_from_disk(str(real)).to_list()
+        shutil.rmtree(real)
+        change(rows).save_to_disk(str(real))
+
+    return damage
 
 
 def rows_with(**columns):
-    def change(run):
-        rows = plain_rows(kalm.rollout.read_rollouts(run / "rollouts" / "real"))
+    def change(rows):
         for name, value in columns.items():
-            rows[3][name] = value(rows[3])
-        save(run, datasets.Dataset.from_list(rows))
-    return change
+            rows[3][name] = value(rows[3][name])
+        return datasets.Dataset.from_list(rows)
+
+    return changed_rows(change)
 
 
-def save(run, data):
-    shutil.rmtree(run / "rollouts" / "real")
-    data.save_to_disk(str(run / "rollouts" / "real"))
+def without_actions(rows):
+    return datasets.Dataset.from_list(rows).remove_columns("actions")
 
 
-def few_rows(run):
-    save(run, datasets.Dataset.from_list(plain_rows(kalm.rollout.read_rollouts(run / "rollouts" / "real"))[:1]))
-
-
-def no_rows(run):
-    save(run, datasets.Dataset.from_list(plain_rows(kalm.rollout.read_rollouts(run / "rollouts" / "real"))).select([]))
-
-
-def many_rows_of_zero_length(run):
-    n = 1_000_000
-    texts = {k: [v] * n for k, v in (("goal", "Red behind blue."), ("level", "offline"), ("kind", "relation"))}
-    lists = {k: [[]] * n for k in ("relations", "observations", "actions", "rewards")}
-    save(run, datasets.Dataset.from_dict({**texts, **lists, "success": [True] * n}))
-
-
-def words_as_numbers(run):
-    rows = plain_rows(kalm.rollout.read_rollouts(run / "rollouts" / "real"))
-    save(run, datasets.Dataset.from_list([{**r, "rewards": ["a lot"] * len(r["rewards"])} for r in rows]))
-
-
-def no_column(run):
-    rows = plain_rows(kalm.rollout.read_rollouts(run / "rollouts" / "real"))
-    save(run, datasets.Dataset.from_list([{k: v for k, v in r.items() if k != "actions"} for r in rows]))
-
-
-def config_with(name, **changes):
-    def change(run):
-        path = run / "grounded" / name
-        config = json.loads(path.read_text())
-        config.update({k: {**config[k], **v} if isinstance(v, dict) else v for k, v in changes.items()})
+def config_with(**changes):
+    def damage(run, world):
+        path = run / "grounded" / "config.json"
+        config = folder.read_json(path)
+        for name, value in changes.items():
+            config[name] = {**config[name], **value} if isinstance(value, dict) else value
         path.write_text(json.dumps(config))
-    return change
+
+    return damage
 
 
-def other_actions(run):
-    model, _ = llm.load_grounded(run / "grounded")
-    other = type(model)(type(model.config)(backbone_config=model.config.backbone_config, num_actions=41))
-    other.save_pretrained(run / "grounded")
+def other_actions(run, world):
+    model, _ = load_grounded(run / "grounded", world)
+    config = type(model.config)(backbone_config=model.config.backbone_config, num_actions=41)
+    type(model)(config).save_pretrained(run / "grounded")
 
 
 def without(name):
-    return lambda run: (run / name).unlink()
+    return lambda run, world: folder.remove(run / name)
 
 
 def cut(name):
-    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:-50])
+    return lambda run, world: (run / name).write_bytes((run / name).read_bytes()[:-50])
 
 
-BAD_FILES = {  # what happens to a finished run, the stage that is redone, what the message names
-    "one row": (few_rows, "ground", "has 1 rollouts, and 2 are held out"),
-    "no rows": (no_rows, "ground", "real is not a rollouts dataset"),
-    "a million rows of zero length": (many_rows_of_zero_length, "ground", "real, row 0: a rollout needs at least one action"),
-    "no dataset": (lambda run: shutil.rmtree(run / "rollouts" / "real"), "ground", "real is not a rollouts dataset"),
-    "missing column": (no_column, "ground", "real: column 'actions' is missing"),
-    "words as numbers": (words_as_numbers, "ground", "real, row 0"),
-    "action out of range": (rows_with(actions=lambda r: [99] * len(r["actions"])), "ground", "real, row 3: actions must be in 0..39, got 99"),
-    "NaN": (rows_with(rewards=lambda r: [float("nan")] * len(r["rewards"])), "ground", "real, row 3: rewards has NaN"),
-    "wrong shape": (rows_with(observations=lambda r: r["observations"][:-1]), "ground", "real, row 3: observations must have shape"),
-    "dataset cut off": (cut("rollouts/real/data-00000-of-00001.arrow"), "ground", "rollouts/real"),
-    "state.json cut off": (cut("rollouts/real/state.json"), "ground", "real is not a rollouts dataset"),
-    "no weights": (without("grounded/model.safetensors"), "imagine", "grounded is not a grounded model"),
-    "no config": (without("grounded/config.json"), "imagine", "grounded is not a grounded model"),
-    "no tokenizer": (without("grounded/tokenizer.json"), "imagine", "grounded is not a grounded model"),
-    "weights cut off": (cut("grounded/model.safetensors"), "imagine", "grounded is not a grounded model"),
-    "other architecture": (config_with("config.json", backbone_config={"model_type": "gpt2"}), "imagine", "grounded is not a grounded model"),
-    "other hidden size": (config_with("config.json", backbone_config={"hidden_size": 32}), "imagine", "grounded is not a grounded model"),
-    "other action count, weights as before": (config_with("config.json", num_actions=41), "imagine", "grounded is not a grounded model"),
-    "other action count": (other_actions, "imagine", "num_actions 41, and the environment has 40"),
+NOT_LOADED = "grounded is not a grounded model that can be loaded"
+DAMAGE = {  # what happens to a finished run, the stage that is redone, what the sentence names
+    "one row": (
+        changed_rows(lambda rows: datasets.Dataset.from_list(rows[:1])),
+        "ground",
+        "has 1 rollouts, and 2 are held out",
+    ),
+    "no dataset": (without("rollouts/real"), "ground", "real is not a rollouts dataset"),
+    "no column": (changed_rows(without_actions), "ground", "actions"),
+    "out of range": (rows_with(actions=lambda v: [99] * len(v)), "ground", "real, row 3: actions"),
+    "NaN": (
+        rows_with(rewards=lambda v: [float("nan")] * len(v)),
+        "ground",
+        "row 3: rewards has NaN",
+    ),
+    "shape": (rows_with(observations=lambda v: v[:-1]), "ground", "row 3: observations must have"),
+    "cut": (cut("rollouts/real/data-00000-of-00001.arrow"), "ground", "rollouts/real"),
+    "no weights": (without("grounded/model.safetensors"), "imagine", NOT_LOADED),
+    "no config": (without("grounded/config.json"), "imagine", NOT_LOADED),
+    "no tokenizer": (without("grounded/tokenizer.json"), "imagine", NOT_LOADED),
+    "weights cut": (cut("grounded/model.safetensors"), "imagine", NOT_LOADED),
+    "gpt2": (config_with(backbone_config={"model_type": "gpt2"}), "imagine", NOT_LOADED),
+    "narrow": (config_with(backbone_config={"hidden_size": 32}), "imagine", NOT_LOADED),
+    "41 in config": (config_with(num_actions=41), "imagine", NOT_LOADED),
+    "41 actions": (other_actions, "imagine", "num_actions 41, and the environment has 40"),
+    "no policy": (without("policies/bc.safetensors"), "evaluate", "bc.safetensors"),
 }
 
 
-@pytest.mark.parametrize("damage, stage, named", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_files_are_refused_by_the_stage_that_reads_them_even_under_a_forged_manifest(smoke_run, tmp_path, capsys, damage, stage, named):
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files_are_refused_by_the_stage_that_reads_them_even_under_a_forged_manifest(
+    smoke_run, tmp_path, capsys, world, case
+):
+    damage, stage, named = DAMAGE[case]
     run = shutil.copytree(smoke_run, tmp_path / "run")
-    damage(run)
-    forget_checksums(run)
+    damage(run, world)
+    forge_checksums(run)
     before = files_of(run)
     capsys.readouterr()
-    assert kalm.main([*SMOKE, str(run), "--stage", stage, "--force"]) == 2
-    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("kalm: ")]
-    assert len(said) == 1 and named in said[0], said
-    assert {k: v for k, v in files_of(run).items() if k.parts[0] != "unfinished"} == before
+    assert smoke(run, "--stage", stage, "--force") == 2
+    err = capsys.readouterr().err.replace("\r", "\n")
+    (sentence,) = [line for line in err.splitlines() if line.startswith("kalm: ")]
+    assert sentence.startswith(f"kalm: stage '{stage}': ") and named in sentence, sentence
+    after = {path: found for path, found in files_of(run).items() if path.parts[0] != "unfinished"}
+    assert after == before
 
 
-# --------------------------------------------------------------------------------------------------- the world around it
-
-def test_a_cache_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setenv("KALM_CACHE", str(tmp_path / "cache"))
-    assert kalm.main([*SMOKE, str(tmp_path / "run"), "--llm", "smollm2"]) == 2
-    one_sentence(capsys, f"KALM_CACHE {tmp_path / 'cache'} is a file")
-    assert not (tmp_path / "run").exists()
+# ------------------------------------------------------------------ the world around it
 
 
-def test_a_model_folder_never_runs_its_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ("a file", "below a file", "no home"))
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_fetched(
+    here, monkeypatch, capsys, where
+):
+    monkeypatch.setattr(kalm.command.llm, "_from_hub_or_wheel", lambda _: pytest.fail("fetched"))
+    (here / "file").touch()
+    cache = {"a file": here / "file", "below a file": here / "file" / "x"}.get(where)
+    if cache is None:
+        monkeypatch.delenv("KALM_CACHE", raising=False)
+        monkeypatch.setenv("HOME", str(here / "file"))
+        cache = here / "file" / ".cache" / "kalm"
+    else:
+        monkeypatch.setenv("KALM_CACHE", str(cache))
+    named = ("the language model is kept in", str(cache), "set KALM_CACHE to a folder")
+    assert_refused(capsys, here / "run", ["--llm", "smollm2"], *named)
+
+
+def test_a_model_folder_never_runs_its_code(tmp_path, monkeypatch, world):
     monkeypatch.chdir(tmp_path)
-    for part in llm.tiny(0):
+    for part in tiny_llm(world):
         part.save_pretrained("LLM")
-    config = json.loads((tmp_path / "LLM" / "config.json").read_text())
-    config["auto_map"] = {name: f"mine.{name}" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer")}
+    config = folder.read_json(tmp_path / "LLM" / "config.json")
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer")
+    config["auto_map"] = {name: f"mine.{name}" for name in names}
     (tmp_path / "LLM" / "config.json").write_text(json.dumps(config))
     (tmp_path / "LLM" / "mine.py").write_text("open('was_run', 'w')\n")
-    assert kalm.main([*SMOKE, "run", "--llm", "LLM", "--stage", "collect", "ground", "imagine"]) == 0  # by transformers' own Llama
-    assert not (tmp_path / "was_run").exists()
+    assert smoke("run", "--llm", "LLM", "--stage", "collect", "ground", "imagine") == 0
+    assert not (tmp_path / "was_run").exists()  # it was read by transformers' own Llama
 
 
-def test_a_plain_locale_and_a_folder_with_spaces_and_unicode_are_no_obstacle(tmp_path, monkeypatch):
-    monkeypatch.setenv("LC_ALL", "C")
-    done = run_kalm(*SMOKE, tmp_path / "mein Lauf, 走行 №1", "--methods", "bc")
-    assert done.returncode == 0, done.stderr
-    assert "±" in (tmp_path / "mein Lauf, 走行 №1" / "report.html").read_text(encoding="utf-8")
-
-
-def test_from_a_shell_bad_input_shows_one_line_and_debug_the_traceback(tmp_path):
+def test_from_a_shell_bad_input_shows_one_line_and_traceback_the_rest(tmp_path):
     done = run_kalm("--stage", "dream", "--output_dir", tmp_path / "run")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("kalm: ") and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("kalm: ") and done.stderr.count("\n") == 1
     with pytest.raises(ValueError):
-        kalm.main(["--stage", "dream", "--output_dir", str(tmp_path / "run"), "--debug"])
+        kalm.main(["--stage", "dream", "--output_dir", tmp_path / "run", "--traceback"])

@@ -10,7 +10,7 @@ import env
 import rollout
 from data.rollouts import read_rollouts
 from ground import PROMPTS, text_ids
-from model import ACTION, STATE, TEXT
+from model import ACTION, SEGMENTS, STATE, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +277,18 @@ def test_the_dynamics_check_compares_with_each_transition_asked_alone(world, gro
             gap = (predicted - path[t + 1]).reshape(5, 2).norm(dim=1).max()
             assert errors[t] == pytest.approx(gap.item(), abs=1e-4)
     assert len(found) == 9
+
+
+def test_the_dynamics_check_takes_rollouts_of_more_steps_than_one_row_can_tell_apart(
+    world, grounded, rollouts
+):
+    model, tokenizer, _ = grounded
+    long = {**rollouts[0]}
+    for key, times in (("observations", 150), ("actions", 149)):
+        long[key] = np.resize(rollouts[0][key], (times, *rollouts[0][key].shape[1:]))
+    alone = rollout.dynamics_error(model, tokenizer, world, [long], 1)[0]
+    found = rollout.dynamics_error(model, tokenizer, world, [long] * 8)
+    assert len(found) == 8 and 8 * len(alone) > SEGMENTS
+    for errors in found:
+        np.testing.assert_allclose(errors, alone, atol=1e-4)
+    assert rollout.dynamics_error(model, tokenizer, world, []) == []
