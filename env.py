@@ -2,7 +2,7 @@
 
 A world is one class in one file (worlds/clevr_robot.py is the default): physics as a pure function
 of arrays, goals in words with their judge, an expert. Here are the questions that it answers, goals
-and rollout records, episodes in lockstep, Gymnasium's interface and animated pictures.
+and rollout records, episodes in lockstep and Gymnasium's interface.
 This file knows no particular world and nothing of learning: no torch, no language model.
 """
 
@@ -215,7 +215,7 @@ class World:
 
     def explanation_fits(self, goal_text: str, explanation: str) -> bool:
         """Whether an explanation may be one of this goal, by its words alone: no judge."""
-        return True
+        return explanation == self.canonical_text(self.goal_of_text(goal_text))
 
     def describe(self, obs: ndarray, count: int, rng: Generator) -> list[tuple[int, str, str]]:
         """At most count true sentences about states (N, D): (row, beginning, end)."""
@@ -277,7 +277,9 @@ class World:
 def make(name: str = DEFAULT_WORLD) -> World:
     """The world of a name in worlds/, or of path/to/file.py:Class. Raises ValueError if none."""
     path, _, class_name = name.rpartition(":")
-    if path.endswith(".py") and Path(path).is_file():
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"--env {name}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(f"world_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -302,10 +304,13 @@ def unfulfilled_states(world: World, rng: Generator, goals) -> ndarray:
     """A start for each goal that does not fulfil it yet: (len(goals), state_dim)."""
     encoded = world.encode_goals(goals)
     states = world.initial_states(rng, len(encoded), encoded)
-    while (fulfilled := world.fulfilled(encoded, world.observe(states))).any():
+    for _ in range(1000):
+        fulfilled = world.fulfilled(encoded, world.observe(states))
+        if not fulfilled.any():
+            return states
         again = encoded[fulfilled]
         states[fulfilled] = world.initial_states(rng, len(again), again)
-    return states
+    raise ValueError(f"{world.name}: {len(again)} goals are met by every start that was drawn")
 
 
 def unfulfilled_observations(world: World, rng: Generator, goals, observations: ndarray) -> ndarray:
@@ -450,6 +455,8 @@ class WorldEnv(gymnasium.Env):
 
     def step(self, action) -> tuple[ndarray, float, bool, bool, dict]:
         """Gymnasium's five: observation, reward, terminated, truncated, info."""
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is none of {self.world.num_actions} actions")
         before = self.world.observe(self.state)[None]
         actions = np.array([action])
         self.state = self.world.step_batch(self.state[None], actions)[0]
@@ -458,7 +465,8 @@ class WorldEnv(gymnasium.Env):
         transition = (self.world.encode_goals([self.goal]), before, after, actions)
         success = bool(self.world.success(*transition)[0])
         reward = float(self.world.reward(*transition)[0])
-        truncated = not success and self.steps >= self.max_steps
+        is_over = self.steps >= self.max_steps or self.world.one_step([self.goal])[0]
+        truncated = bool(not success and is_over)
         return after[0], reward, success, truncated, self._info(success)
 
     def _info(self, success):
@@ -471,28 +479,5 @@ class WorldEnv(gymnasium.Env):
         return self.world.draw(self.world.observe(self.state)) if self.render_mode else None
 
 
+gymnasium.register("KALM/World-v0", "env:WorldEnv")  # any, by its keyword world
 gymnasium.register("KALM/ClevrRobot-v0", "env:WorldEnv", kwargs={"world": "clevr_robot"})
-
-# ----------------------------------------------------------------------------------------------
-# Pictures
-
-
-def save_gif(
-    path, world: World, *records: dict, captions=("",), frame_ms: int = 350, size: int = 256
-) -> None:
-    """Rollout records as an animated GIF, side by side with a caption each.
-
-    path: a file name or a binary file.
-    """
-    strips = []
-    for caption, record in zip(captions, records, strict=True):
-        actions = [*map(int, record["actions"]), None]
-        pictures = []
-        for obs, action in zip(record["observations"], actions):
-            image = Image.fromarray(world.draw(obs, action, size))
-            ImageDraw.Draw(image).text((8, 6), caption, fill=(20, 20, 20), font_size=10)
-            pictures.append(np.asarray(image))
-        strips.append(pictures)
-    frames = [Image.fromarray(np.concatenate(pictures, 1)) for pictures in zip(*strips)]
-    rest = frames[1:] + frames[-1:] * 3  # the end is shown for longer
-    frames[0].save(path, "GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0)

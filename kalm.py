@@ -155,8 +155,11 @@ def collect(run: Run, settings: CollectArguments, work: Path) -> None:
         def expert(obs, rows):
             return world.expert_actions(encoded[rows], obs)
 
-        records = env.run_episodes(world, expert, goals, states, settings.expert_steps, "collect")
+        steps = min(settings.expert_steps, world.max_steps)
+        records = env.run_episodes(world, expert, goals, states, steps, "collect")
         kept = [record for record in records if record["success"]]
+        if not kept:
+            raise ValueError(f"the expert of {world.name} succeeds in none of {len(records)} goals")
         actions = np.mean([len(record["actions"]) for record in kept])
         print(
             f"  {len(kept)} of {len(records)} expert rollouts succeed, {actions:.1f} actions each"
@@ -273,7 +276,6 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     for name in ("relabel", "kalm"):
         counts = [f"{level} {len(records)}" for level, records in sources[name].items()]
         run.say(f"    {name}: {', '.join(counts)}")
-
     trained_texts = [record["goal"] for record in real]
     other_texts = [goal.text for goal in sum(goals.values(), [])]
     other_texts += [record["goal"] for record in held_out]
@@ -333,7 +335,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     model = run.load_grounded()
     rates = []
     for method, number in jobs[state.process_index :: state.num_processes]:
-        acting = (table, model, settings.episode_steps)
+        acting = (table, model, min(settings.episode_steps, run.world.max_steps))
         records = play(run, method, number, episodes, starts[number], *acting)
         won = np.array([record["success"] for record in records])
         by_level = {level: float(won[level_of_episode == level].mean()) for level in goals}
@@ -385,8 +387,7 @@ def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
         table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
         formats.export(run.folder, settings.kinds, run.world, table.of_texts)
     print("\n".join(["", *report.results_table(results), ""]))
-    episodes = report.most_episodes(results)
-    print(f"success rates, {episodes} episodes a cell (llm: one seed); more in report.html")
+    print(f"rates of {report.most_episodes(results)} episodes (llm: one seed); see report.html")
 
 
 def act(run: Run, settings: episode.Acting, work: Path) -> None:
@@ -416,11 +417,12 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
 # The command
 
 IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard", "quality.json")
+OF_RUN = ("seed", "env", "world_file", "llm")
 STAGES = {  # function, what it reads and writes, settings of the run that it follows from
     "collect": Stage(collect, (), ("rollouts/real",)),
-    "ground": Stage(ground_llm, ("collect",), ("grounded",), ("seed", "env", "llm")),
+    "ground": Stage(ground_llm, ("collect",), ("grounded",), OF_RUN),
     "imagine": Stage(imagine, ("collect", "ground"), IMAGINED),
-    "learn": Stage(learn, ("collect", "imagine"), ("policies",), ("seed", "env", "llm")),
+    "learn": Stage(learn, ("collect", "imagine"), ("policies",), OF_RUN),
     "evaluate": Stage(evaluate, ("collect", "ground", "imagine", "learn"), ("results.json",)),
     "report": Stage(write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html",)),
     "act": Stage(act, ("ground", "imagine", "learn")),
@@ -460,23 +462,21 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     config = Path(named.get("output_dir", GroundingArguments.output_dir)) / "config.yaml"
     if acts and "config" not in named and config.is_file():
         arguments = ["--config", str(config), *arguments]
-
-    def defaults(given):
-        return command.defaults_of(SCALES, given)
-
+    defaults = lambda given: command.defaults_of(SCALES, given)
     found, given = parse(arguments, CLASSES, defaults, command.RENAMED)
     shared, collecting, grounding, imagining, learning, _, _ = found
     manifest = folder.Manifest(Path(grounding.output_dir))
     seed = grounding.seed
     if acts and "learn" in manifest.stages:
         seed = manifest.stages["learn"]["run"]["seed"]  # the given one chooses the start alone
-    methods = named["methods"].split(",") if "methods" in named else []
+    methods = [name for name in named.get("methods", "").split(",") if name]
     acting = episode.Acting(shared.goal, grounding.seed, methods)
     logs.check_trackers(grounding.report_to)
     world = env.make(shared.env)
     imagining.novel_goals_of(world, seed)
     of_stages = dict(zip(STAGES, (*found[1:], acting)))
     of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
+    of_run["world_file"] = command.world_file_hash(shared.env)
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
     command.check(shared, grounding, imagining, learning)

@@ -277,7 +277,9 @@ class ImagineArguments:
     starts_per_goal: int = setting(16, "starts to imagine from for each goal")
     step_starts: int = setting(40, "the same for goals of one action")
     temperatures: str = setting("1,1,1.2,1.2", "of sampling, one for each round of imagining")
-    candidates: int = setting(8, "actions to look ahead at in each step of later rounds")
+    candidates: int = setting(
+        8, "actions to look ahead at in each step of later rounds, at most all"
+    )
     step_candidates: int = setting(40, "the same for goals of one action")
     visited_share: float = setting(0.5, "of rollouts that start in a state of the data")
     self_check: bool = setting(False, "the model explains and checks what it imagined")
@@ -308,9 +310,6 @@ class ImagineArguments:
 
     def novel_goals_of(self, world: env.World, seed: int) -> dict[str, list[env.Goal]]:
         """The novel goals by level, from the file or built in. Raises ValueError for bad ones."""
-        if self.candidates > world.num_actions or self.step_candidates > world.num_actions:
-            actions = f"{world.num_actions}, the number of actions in {world.name}"
-            raise ValueError(f"--candidates and --step_candidates are at most {actions}")
         if self.goals:
             goals = env.by_level(env.read_goals(self.goals, world))
             if "offline" in goals:
@@ -363,6 +362,7 @@ def imagine_rounds(
         starts[elsewhere] = seen[elsewhere]
     one_step = world.one_step(world.encode_goals(goals))
     candidates = np.where(one_step, settings.step_candidates, settings.candidates)
+    candidates = np.minimum(candidates, world.num_actions)
     is_checked = settings.self_check or any(goal.kind == env.UNJUDGED for goal in goals)
     temperatures = settings.rounds[:1] if level == "offline" else settings.rounds
     rounds = []
@@ -374,7 +374,8 @@ def imagine_rounds(
         if kept.is_dir():
             records = read_rollouts(kept, world)
         else:
-            options = {"temperature": temperature, "max_steps": settings.imagined_steps}
+            max_steps = min(settings.imagined_steps, world.max_steps)
+            options = {"temperature": temperature, "max_steps": max_steps}
             options |= {"candidates": candidates[mine] if number else 1, "seed": draws}
             options |= {"description": f"imagine {level}"}
             wanted = [goals[row] for row in mine]

@@ -1,8 +1,7 @@
 """Rollouts of other people and for other people: dicts of arrays, Minari datasets, our folders.
 
-Every reader ends in `judged`: success and rewards are the world's to judge, whatever a file says,
-and where it says otherwise that is counted. A rollout ends with its first success; one that ends
-without is truncated, not terminal. This file knows nothing of learning or of stages.
+Every reader ends in `judged`: success and rewards are the world's to judge, whatever a file says.
+A rollout ends with its first success, or is truncated. This file knows nothing of learning.
 """
 
 import hashlib
@@ -67,7 +66,8 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
     if not Path(path).exists():
         raise ValueError(f"--data {path}: no such file or folder")
     records, notes = read(path, world, seed)
-    kinds = {g.kind for g in world.sample_goals("offline", "train", 100, np.random.default_rng(0))}
+    known = world.sample_goals("offline", "train", 100, np.random.default_rng(0))
+    kinds = {goal.kind for goal in known}
     for row, record in enumerate(records):
         with rollouts.naming(f"{path}, row {row}"):
             _check_offline(record, world, kinds)
@@ -81,15 +81,12 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
 
 def _check_offline(record, world, kinds):
     level, kind, steps = record["level"], record["kind"], len(record["actions"])
-    reach = np.abs(record["observations"]).max()
     if level != "offline" or kind not in kinds:
         raise ValueError(f"level {level!r}, kind {kind!r} is not offline; see --goals")
     if steps > world.max_steps:
         raise ValueError(f"actions has {steps} steps; an episode has at most {world.max_steps}")
-    if reach > world.observation_limit:
-        raise ValueError(
-            f"observations reach {reach:.3g}; none is beyond {world.observation_limit}"
-        )
+    if np.abs(record["observations"]).max() > world.observation_limit:
+        raise ValueError(f"observations reach beyond {world.observation_limit}, the world's limit")
 
 
 def content_hash(path: str | Path) -> str:
@@ -122,9 +119,8 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     record["dynamics_error"] = arrays.get("dynamics_error")
     record["explanation"] = recording.get("explanation") or None
     differences = np.abs(arrays.get("rewards", record["rewards"]) - record["rewards"])
-    is_contradicted = ((arrays.get("terminals", met) != 0) != met).any()
-    is_contradicted |= (differences > REWARD_TOLERANCE).any()
-    in_order = (surplus > 0, is_contradicted, is_completed and surplus == 0)
+    is_other = (differences > REWARD_TOLERANCE) | ((arrays.get("terminals", met) != 0) != met)
+    in_order = (surplus > 0, is_other.any(), is_completed and surplus == 0)
     return record, [note for note, is_true in zip(NOTES, in_order) if is_true]
 
 
@@ -134,7 +130,7 @@ def _goal(recording, world):
         raise ValueError("no text of the goal, so it cannot be judged; record infos/goal with it")
     record = {"level": "offline", "kind": world.kinds[0], **recording, "text": recording["goal"]}
     if "code" in record or "relations" not in record:
-        goal = world.recorded_goal(record["text"], record.get("code"))
+        goal = world.recorded_goal(record["goal"], record.get("code"))
         return replace(goal, level=record["level"])
     if isinstance(record["relations"], str):
         with rollouts.naming("relations, a text, is not JSON"):
@@ -160,8 +156,8 @@ def _arrays(recording, world):
     following = arrays.pop("next_observations", None)
     is_completed = len(seen) == len(actions) and following is None
     if is_completed:
-        following = np.concatenate([seen[1:], seen[-1:]])
-    if len(seen) == len(actions):
+        seen = np.concatenate([seen, seen[-1:]])
+    elif len(seen) == len(actions):
         if not (np.abs(following[:-1] - seen[1:]) <= 1e-4).all():
             raise ValueError("next_observations of a step are not the observations of the next")
         seen = np.concatenate([seen, following[-1:]])
@@ -170,16 +166,16 @@ def _arrays(recording, world):
         arrays.pop("states", None)  # of another world, or a row short
     rollouts.check_arrays({"rewards": np.zeros(len(actions)), **arrays}, world)
     if is_completed:
-        last = world.state_from_observation(seen[-2:-1])
+        limit = world.observation_limit
+        last = world.state_from_observation(np.clip(seen[-2:-1], -limit, limit))
         seen[-1:] = world.observe(world.step_batch(last, arrays["actions"][-1:]))
     return arrays, is_completed
 
 
 def export(run: Path, kinds: Sequence[str], world: env.World, encode: Callable) -> None:
-    """Every rollouts folder of a run in other formats: export/NAME.npz, export/kalm/NAME-v0.
+    """Every rollouts folder of a run as export/NAME.npz and export/kalm/NAME-v0, a Minari dataset.
 
-    kinds: of "npz" and "minari". encode: from texts to their encodings (texts, E), which go behind
-    the observations of .npz files.
+    kinds: of "npz" and "minari". encode: from texts to encodings (texts, E), for .npz files.
     """
     for state in sorted(run.glob("rollouts/*/state.json")):
         name = state.parent.name

@@ -50,8 +50,7 @@ def _recording(episode, attributes):
     infos = {name: [value] for name, value in attributes.items()}
     infos.update(episode["infos"] or {})
     recording = {name: episode[name] for name in ("observations", "actions", "rewards")}
-    recording["terminals"] = episode["terminations"]
-    recording["states"] = infos.get("state")
+    recording |= {"terminals": episode["terminations"], "states": infos.get("state")}
     if "dynamics_error" in infos:
         recording["dynamics_error"] = np.asarray(infos["dynamics_error"], np.float32)[1:]
     for name in recordings.TEXTS.values():

@@ -1,8 +1,8 @@
 """Recordings as dicts of padded arrays, one a field: rollouts first, then steps.
 
-Read are the authors' pickled .npy (several instructions, `goals` as numbers) and ImagineBench's
-.npz, .npy and .hdf5 (an encoding behind the observations, goals in words); written is .npz.
-Nothing that a file names is imported or called. This file judges nothing.
+`masks` says which steps are real. Read are the authors' pickled .npy (several instructions, `goals`
+as numbers) and ImagineBench's .npz, .npy and .hdf5 (an encoding behind the observations); written
+is .npz. Nothing that a file names is imported or called. This file judges nothing.
 """
 
 import io
@@ -25,10 +25,7 @@ FIELDS = ("observations", "next_observations", "states", "masks", "goals", *PER_
 
 
 def recordings_of(path: Path, seed: int) -> Iterator[dict]:
-    """Rollouts of a file as recordings (`formats.judged`); `masks` says which steps are real.
-
-    seed: draws one of several instructions. Raises ValueError that names the field.
-    """
+    """Rollouts of a file as recordings (`formats.judged`); seed draws one of their instructions."""
     fields = READERS[path.suffix.lower()](path)
     for name in ("masks", "observations", "actions", "instructions", *fields):
         if name not in fields:
@@ -40,14 +37,13 @@ def recordings_of(path: Path, seed: int) -> Iterator[dict]:
 
 
 def _recording(fields, rng):
-    mask = numbers("masks", fields["masks"])
-    mask = mask.reshape(len(mask))
+    mask = numbers("masks", fields["masks"]).reshape(len(fields["masks"]))
     steps = int((mask != 0).sum())
     if (mask != (np.arange(len(mask)) < steps)).any():
         raise ValueError("masks must be ones for the steps of the rollout, then zeros")
     texts = fields["instructions"]
     if not isinstance(texts, (str, bytes)):
-        fields["instructions"] = texts[rng.integers(len(texts))]
+        fields["instructions"] = texts[rng.integers(len(texts))] if len(texts) else ""
     recording = {}
     for name in TEXTS.keys() & fields.keys():
         recording[TEXTS[name]] = text_of(name, fields[name])
@@ -142,13 +138,15 @@ def open_hdf5(path: Path):  # noqa: ANN201 - h5py is optional
     file = h5py.File(path)
     sizes = []
 
-    def check(name, link):
+    def name_if_elsewhere(name, link):
         found = file[name] if isinstance(link, h5py.HardLink) else None
-        if found is None or getattr(found, "external", 0) or getattr(found, "is_virtual", 0):
-            raise ValueError(f"{name} is a link, or lies in another file; refused")
         sizes.append(getattr(found, "nbytes", 0))
+        is_elsewhere = getattr(found, "external", None) or getattr(found, "is_virtual", False)
+        return name if found is None or is_elsewhere else None
 
-    file.visititems_links(check)
+    elsewhere = file.visititems_links(name_if_elsewhere)
+    if elsewhere is not None:
+        raise ValueError(f"{elsewhere} is a link, or lies in another file; refused")
     _check_size(sizes)
     return file
 

@@ -33,8 +33,7 @@ def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
     """Write rollout records as a Hugging Face dataset folder, aside and then renamed."""
     columns = {}
     for name in FEATURES:
-        values = [record.get(name) for record in records]
-        columns[name] = [v.tolist() if isinstance(v, np.ndarray) else v for v in values]
+        columns[name] = [record.get(name) for record in records]
     with folder.replacing(path) as aside:
         datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside))
 
@@ -42,8 +41,8 @@ def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
 def read_rollouts(path: str | Path, world: env.World, with_states: bool = False) -> list[dict]:
     """Rollout records of a dataset folder, each checked by `check_record`.
 
-    States are large and stay on disk unless they are wanted. Other types that can be cast to ours
-    are taken too. Raises ValueError that names the folder, the row and the field.
+    States, which are large, stay on disk unless they are wanted. Types that can be cast to ours
+    will do. Raises ValueError that names the folder, the row and the field.
     """
     with naming(f"{path} is not a rollouts dataset"):
         table = _read_table(path, with_states)

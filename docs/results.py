@@ -19,7 +19,7 @@ import env
 import kalm
 from data.rollouts import read_rollouts
 from env import LEVELS
-from experiment import folder, report
+from experiment import episode, folder, report
 from experiment.stages import Plan
 
 # ----------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def write_picture(runs: Path, path: Path) -> None:
         (played,) = env.run_episodes(world, plan, goals, start, len(actions))
         if played["success"] and len(played["actions"]) == len(actions):
             captions = ("imagined", "executed")
-            env.save_gif(path, world, imagined, played, captions=captions, frame_ms=450)
+            episode.save_gif(path, world, imagined, played, captions=captions, frame_ms=450)
             print(f"{path} shows: {imagined['goal']}")
             return
 

@@ -49,7 +49,7 @@ def write_card(folder: Path, facts: dict, metrics: dict) -> None:
         license_name="of-the-base-model" if license_name == "other" else None,
         base_model=base if is_hub_name else None,
         language="en",
-        tags=["kalm", "robotics", "offline-rl", world.replace("_", "-")],
+        tags=["kalm", "offline-rl", world.replace("_", "-")],
     )
     # A path on this machine tells others nothing: the card has its last part.
     last_parts = {name: Path(facts[name] or "").name for name in ("data", "adapter")}

@@ -13,7 +13,7 @@ import torch
 import env
 from data import llm
 from data.grounded import adapter_folder
-from experiment.folder import Manifest
+from experiment.folder import Manifest, sha256
 from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import LearnArguments
@@ -93,6 +93,12 @@ def has_trained(given: Mapping[str, str]) -> bool:
     run = Path(given.get("output_dir", GroundingArguments.output_dir))
     settings = Manifest(run).stages.get("ground", {}).get("settings", {})
     return settings.get("adapter") == "none"
+
+
+def world_file_hash(world: str) -> str:
+    """SHA-256 of the file that a world is read from, "" for one in worlds/."""
+    path = Path(world.rpartition(":")[0])
+    return sha256(path) if path.suffix == ".py" else ""
 
 
 def bf16_is_fast() -> bool:

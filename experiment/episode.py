@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw
+
 import env
 from experiment import folder
 
@@ -66,7 +69,7 @@ def write_account(run: Path, world: env.World, method: str, record: dict, seed: 
     name = re.sub(r"\W+", "-", record["goal"].lower())[:40].strip("-")
     gif = run / "act" / f"{name}-{seed}-{method}.gif"
     gif.parent.mkdir(exist_ok=True)
-    env.save_gif(gif, world, record)
+    save_gif(gif, world, record)
     about = {"goal": record["goal"], "kind": record["kind"], "method": method, "seed": seed}
     done = {"verdict": verdict_of(record), "actions": record["actions"].tolist()}
     said = {"explanation": record["explanation"], "explanation_fits": explanation_fits}
@@ -80,3 +83,24 @@ def write_account(run: Path, world: env.World, method: str, record: dict, seed: 
         f'    the LLM, asked what was done: "{record["explanation"]}" (this {fit})\n'
         f"    {gif}"
     )
+
+
+def save_gif(
+    path, world: env.World, *records: dict, captions=("",), frame_ms: int = 350, size: int = 256
+) -> None:
+    """Rollout records as an animated GIF, side by side with a caption each.
+
+    path: a file name or a binary file.
+    """
+    strips = []
+    for caption, record in zip(captions, records, strict=True):
+        actions = [*map(int, record["actions"]), None]
+        pictures = []
+        for obs, action in zip(record["observations"], actions):
+            image = Image.fromarray(world.draw(obs, action, size))
+            ImageDraw.Draw(image).text((8, 6), caption, fill=(20, 20, 20), font_size=10)
+            pictures.append(np.asarray(image))
+        strips.append(pictures)
+    frames = [Image.fromarray(np.concatenate(pictures, 1)) for pictures in zip(*strips)]
+    rest = frames[1:] + frames[-1:] * 3  # the end is shown for longer
+    frames[0].save(path, "GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0)

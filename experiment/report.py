@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 import env
 from experiment import folder
 from experiment.card import figures_in_words
-from experiment.episode import verdict_of
+from experiment.episode import save_gif, verdict_of
 from model import TASKS
 
 # The paper's figures: success of its best policies as read off its figure, rates as printed
@@ -257,7 +257,7 @@ def _gallery(world, imagined):
 def _picture(world, kind, record):
     """A rollout as an animated picture, and in words for those who do not see it."""
     file = io.BytesIO()
-    env.save_gif(file, world, record, size=180)
+    save_gif(file, world, record, size=180)
     gif = base64.b64encode(file.getvalue()).decode()
     steps = len(record["actions"])
     verdict = verdict_of(record)

@@ -32,7 +32,7 @@ class Stage:
     function: Callable[[Any, Any, Path], None]
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ("seed", "env")
+    shared: tuple[str, ...] = ("seed", "env", "world_file")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def leave_records(plan: Plan, name: str) -> None:
     config.yaml, and these and the seconds of each in results.json.
     """
     run, done = plan.manifest.run, plan.manifest.stages
-    config = dict(plan.shared)
+    config = {name: value for name, value in plan.shared.items() if name != "world_file"}
     for record in done.values():
         config |= record["settings"]
     with folder.replacing(run / "config.yaml") as aside:

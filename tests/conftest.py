@@ -1,5 +1,5 @@
-"""What several test files share: the import path, a world, expert rollouts, a tiny grounded model, a
-finished smoke run."""
+"""What several test files share: the import path, a world, expert rollouts, a tiny grounded model,
+a finished smoke run."""
 
 import os
 import subprocess
@@ -59,7 +59,9 @@ def expert_rollouts(world, goals, rng):
 
 @pytest.fixture(scope="session")
 def rollouts(world):
-    """160 successful expert rollouts, four for a goal: records as `env.rollout_record` makes them."""
+    """160 successful expert rollouts, four for a goal: records as `env.rollout_record` makes
+    them.
+    """
     rng = np.random.default_rng(11)
     goals = [goal for goal in world.sample_goals("offline", "train", 60, rng) for _ in range(4)]
     return [record for record in expert_rollouts(world, goals, rng) if record["success"]][:160]
@@ -87,7 +89,9 @@ def grounding_settings(folder, **options):
 
 @pytest.fixture(scope="session")
 def grounded(world, rollouts, tmp_path_factory):
-    """The tiny LLM after 120 steps of grounding in the first 140 rollouts: (model, tokenizer, log)."""
+    """The tiny LLM after 120 steps of grounding in the first 140 rollouts: (model, tokenizer,
+    log).
+    """
     model, tokenizer = new_model(world, rollouts)
     work = tmp_path_factory.mktemp("grounded")
     settings = grounding_settings(work, max_steps=120, logging_steps=12)

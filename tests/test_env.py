@@ -12,6 +12,7 @@ from PIL import Image
 
 import env
 from env import Goal, WorldEnv
+from experiment import episode
 
 TILES = f"{Path(__file__).resolve().parents[1] / 'docs' / 'tiles.py'}:Tiles"
 WORLDS = ("clevr_robot", TILES)
@@ -363,7 +364,7 @@ def test_a_world_without_words_of_its_own_gets_plain_ones():
 
 def test_a_rollout_becomes_a_gif_with_a_frame_for_every_observation(tmp_path, world, rollouts):
     record = max(rollouts, key=lambda r: len(r["actions"]))
-    env.save_gif(tmp_path / "rollout.gif", world, record, size=96)
+    episode.save_gif(tmp_path / "rollout.gif", world, record, size=96)
     with Image.open(tmp_path / "rollout.gif") as gif:
         assert (
             gif.format == "GIF"
@@ -371,7 +372,7 @@ def test_a_rollout_becomes_a_gif_with_a_frame_for_every_observation(tmp_path, wo
             and gif.n_frames >= len(record["actions"]) + 1
         )
     captions = ("imagined", "executed")
-    env.save_gif(tmp_path / "two.gif", world, record, record, captions=captions, size=96)
+    episode.save_gif(tmp_path / "two.gif", world, record, record, captions=captions, size=96)
     with Image.open(tmp_path / "two.gif") as gif:
         assert gif.size == (192, 96) and gif.n_frames >= len(record["actions"]) + 1
         assert (
@@ -383,6 +384,6 @@ def test_a_rollout_becomes_a_gif_with_a_frame_for_every_observation(tmp_path, wo
 def test_a_gif_can_be_made_in_any_world(tmp_path, name):
     world, rng = env.make(name), np.random.default_rng(0)
     (record,) = random_episodes(world, [Goal("Whatever.", "hard")], rng, max_steps=3)
-    env.save_gif(tmp_path / "any.gif", world, record, size=64)
+    episode.save_gif(tmp_path / "any.gif", world, record, size=64)
     with Image.open(tmp_path / "any.gif") as gif:
         assert gif.size == (64, 64) and gif.n_frames >= 4

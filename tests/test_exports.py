@@ -102,7 +102,9 @@ def test_an_episode_exported_and_read_back_is_the_same_up_to_its_first_success(
 
 
 def test_npz_is_plain_arrays_with_the_encoding_behind_the_observations(rollouts, tmp_path):
-    recordings.write_npz(tmp_path / "a.npz", rollouts[:4], lambda texts: [[len(t), 7] for t in texts])
+    recordings.write_npz(
+        tmp_path / "a.npz", rollouts[:4], lambda texts: [[len(t), 7] for t in texts]
+    )
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert file["observations"].shape == (4, file["masks"].shape[1], 12)
         assert file["instructions"].tolist() == [r["goal"] for r in rollouts[:4]]

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -61,19 +62,20 @@ def without_times(results):
     return {name: value for name, value in results.items() if name != "time_s"}
 
 
-def assert_complete(results, levels=env.LEVELS):
+def assert_complete(results):
     assert set(results) == {"success", "quality", "grounding", "time_s", "config"}
     methods = kalm.SCALES["smoke"]["methods"].split(",")
     assert list(results["success"]) == methods
     for method, row in results["success"].items():
-        assert set(row) == set(levels)
+        assert list(row) == list(env.LEVELS)
         for cell in row.values():
-            assert set(cell) == {"mean", "std", "seeds", "episodes"}
-            assert len(cell["seeds"]) == (1 if method == "llm" else 2)
-            assert all(0 <= rate <= 1 for rate in cell["seeds"])
-            assert cell["episodes"] == 6 * len(cell["seeds"])
-            assert cell["mean"] == pytest.approx(sum(cell["seeds"]) / len(cell["seeds"]))
-    for level in set(levels) - {"offline"}:
+            rates = cell.pop("seeds")
+            assert (
+                len(rates) == (1 if method == "llm" else 2) and 0 <= min(rates) <= max(rates) <= 1
+            )
+            expected = {"mean": np.mean(rates), "std": np.std(rates), "episodes": 6 * len(rates)}
+            assert cell == pytest.approx(expected)
+    for level in env.NOVEL_LEVELS:
         assert all(0 <= results["quality"][level][rate] <= 1 for rate in ("match", "executed"))
     assert set(results["time_s"]) == set(STAGES) - {"report"}
 
@@ -112,11 +114,9 @@ def test_two_processes_share_the_work_and_give_complete_and_the_same_results(
     assert "8 steps of 16 examples" in (run / "grounded" / "README.md").read_text("utf-8")
     for level in env.NOVEL_LEVELS:  # each goal and start once, in the order of one process
         both, alone = (read_rollouts(r / "rollouts" / level, world) for r in (run, smoke_run))
-        starts = [
-            [(record["goal"], *record["observations"][0]) for record in records[:12]]
-            for records in (both, alone)
-        ]
-        assert starts[0] == starts[1]
+        for ours, theirs in zip(both[:12], alone):
+            assert ours["goal"] == theirs["goal"]
+            assert (ours["observations"][0] == theirs["observations"][0]).all()
         assert len(both) == 12 + sum(not record["success"] for record in both[:12])
     before = without_times(results_of(run))  # one process makes the same from what is imagined
     assert smoke(run, "--stage", "learn", "evaluate", "--force") == 0
@@ -135,9 +135,8 @@ def test_another_world_goes_through_every_stage_from_a_file_anywhere(tmp_path, c
     rates = [cell["mean"] for row in results["success"].values() for cell in row.values()]
     assert max(rates) > 0.5  # what is learned there is of use there
     world = env.make(f"{mine}:Tiles")
-    for level in ("real", *env.NOVEL_LEVELS):
-        for record in read_rollouts(run / "rollouts" / level, world):
-            assert record["observations"].shape[1] == 6 and record["actions"].max() < 8
+    for level in ("real", *env.NOVEL_LEVELS):  # which checks sizes and actions
+        assert read_rollouts(run / "rollouts" / level, world)
     assert "paper" not in (run / "report.html").read_text("utf-8")
     assert "clevr" not in (run / "grounded" / "README.md").read_text("utf-8").lower()
     capsys.readouterr()
@@ -317,24 +316,18 @@ def test_a_changed_goals_file_is_noticed(run, tmp_path, monkeypatch):
         assert stages_run == redone
 
 
-@pytest.mark.parametrize(
-    "first, second",
-    [
-        ("imagine --novel_goals 5", "learn --novel_goals 6"),
-        ("imagine --split validation", "learn --split test"),
-        ("imagine learn --keep matched", "evaluate --keep all"),
-        ("learn --seeds 1", "evaluate --seeds 2"),
-        ("collect --seed 1", "ground"),
-    ],
-)
-def test_a_stage_whose_input_was_made_with_other_settings_says_so(run, capsys, first, second):
-    manifest = folder.read_json(run / "manifest.json")
-    stages, option = first.split(" --")
-    name, value = option.split()
-    for stage in stages.split():
-        part = manifest["stages"][stage]["run" if name == "seed" else "settings"]
-        part[name] = type(part[name])(value)
-    folder.write_json(run / "manifest.json", manifest)
-    assert smoke(run, "--stage", *second.split()) == 2
-    of = f"stage '({stages.replace(' ', '|')})'"
-    assert re.search(f"kalm: {of} was run with --{name} {value}", capsys.readouterr().err)
+MADE_WITH = {  # a command, and the stage whose result was made with other settings
+    "learn --split validation": "imagine",
+    "evaluate --novel_goals 5": "imagine",
+    "evaluate --keep matched": "learn",
+    "report --seeds 1": "learn",
+    "ground --seed 1": "collect",
+}
+
+
+@pytest.mark.parametrize("command", MADE_WITH)
+def test_a_stage_whose_input_was_made_with_other_settings_says_so(run, capsys, command):
+    assert smoke(run, "--stage", *command.split()) == 2
+    option = command.split()[1]
+    sentence = f"kalm: stage '{MADE_WITH[command]}' was run with {option} "
+    assert capsys.readouterr().err.startswith(sentence)

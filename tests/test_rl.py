@@ -23,16 +23,28 @@ def toy_table(width=4):
 
 
 def toy_record(obs, actions, rewards, success, text=TEXTS[0]):
-    return {"goal": text, "observations": np.asarray(obs, np.float32), "actions": np.array(actions),
-            "rewards": np.asarray(rewards, np.float32), "success": success}
+    return {
+        "goal": text,
+        "observations": np.asarray(obs, np.float32),
+        "actions": np.array(actions),
+        "rewards": np.asarray(rewards, np.float32),
+        "success": success,
+    }
 
 
 def random_records(n, seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 5, n)
-    return [toy_record(rng.normal(0, 0.3, (t + 1, 10)), rng.integers(ACTIONS, size=t),
-                       rng.normal(0, 50, t), bool(rng.random() < 0.5), TEXTS[i % 3])
-            for i, t in enumerate(lengths)]
+    return [
+        toy_record(
+            rng.normal(0, 0.3, (t + 1, 10)),
+            rng.integers(ACTIONS, size=t),
+            rng.normal(0, 50, t),
+            bool(rng.random() < 0.5),
+            TEXTS[i % 3],
+        )
+        for i, t in enumerate(lengths)
+    ]
 
 
 # ---------------------------------------------------------------------------------------- updates
@@ -74,7 +86,7 @@ def adamw(layers, gradients, mean, square, step, config):
     for wb in layers:
         new = []
         for x in wb:
-            moved = lr * change[used:used + x.size].reshape(x.shape)
+            moved = lr * change[used : used + x.size].reshape(x.shape)
             new.append(x - lr * config.weight_decay * x - moved)
             used += x.size
         stepped.append(tuple(new))
@@ -96,7 +108,8 @@ def by_hand(algorithm, config, seed_index, batches, networks, table):
         seen = {name: forward(layers, now)[0] for name, layers in networks.items()}
         logits, q, v = (forward(networks[x], now)[1] for x in ("policy", "critic", "value"))
         next_logits, next_q, next_v = (
-            forward(networks[name], ahead)[1] for name in ("policy", "critic", "value"))
+            forward(networks[name], ahead)[1] for name in ("policy", "critic", "value")
+        )
         next_target, slopes = forward(target, ahead)[1], {}
         if algorithm == "bc":
             slopes["policy"] = (softmax(logits) - taken) / n
@@ -122,8 +135,10 @@ def by_hand(algorithm, config, seed_index, batches, networks, table):
             gradients = backward(networks[name], seen[name], slope)
             layers, *moments[name] = adamw(networks[name], gradients, *moments[name], step, config)
             networks = {**networks, name: layers}
-        target = [tuple(t + config.target_update * (x - t) for t, x in zip(*pair))
-                  for pair in zip(target, networks["critic"])]
+        target = [
+            tuple(t + config.target_update * (x - t) for t, x in zip(*pair))
+            for pair in zip(target, networks["critic"])
+        ]
     return networks["critic" if algorithm == "cql" else "policy"]
 
 
@@ -132,16 +147,29 @@ def test_updates_equal_the_ones_computed_by_hand(algorithm):
     table, seeds = toy_table(), [3, 8]
     real, imaginary = (rl.Buffer(random_records(9, seed), table) for seed in (0, 1))
     config = rl.RLConfig(
-        steps=3, batch=12, lr=0.02, width=8, weight_decay=0.1, discount=0.9, reward_scale=0.02,
-        conservative_weight=0.7, target_update=0.3, expectile=0.8, advantage_weight=4,
-        imaginary_share=0.5, observation_scale=SCALE)
+        steps=3,
+        batch=12,
+        lr=0.02,
+        width=8,
+        weight_decay=0.1,
+        discount=0.9,
+        reward_scale=0.02,
+        conservative_weight=0.7,
+        target_update=0.3,
+        expectile=0.8,
+        advantage_weight=4,
+        imaginary_share=0.5,
+        observation_scale=SCALE,
+    )
     generator = torch.Generator().manual_seed(sum(seeds) + 17)
     batches = [rl.sample_batch(real, [imaginary], 12, 2, 0.5, generator) for _ in range(3)]
     network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config, ACTIONS)
     assert [step for step, *_ in curve] == [0, 1, 2]
     for seed_index, seed in enumerate(seeds):
-        starts = {name: layers_of(rl.SeededMLP([seed], [14, 8, 8, outputs])) for name, outputs in
-                  (("policy", ACTIONS), ("critic", ACTIONS), ("value", 1))}
+        starts = {
+            name: layers_of(rl.SeededMLP([seed], [14, 8, 8, outputs]))
+            for name, outputs in (("policy", ACTIONS), ("critic", ACTIONS), ("value", 1))
+        }
         expected = by_hand(algorithm, config, seed_index, batches, starts, table.table.numpy())
         for found, wanted in zip(layers_of(network, seed_index), expected):
             np.testing.assert_allclose(found[0], wanted[0], atol=2e-5)
@@ -240,7 +268,8 @@ def learned(algorithm, width=8, **options):
 @pytest.mark.parametrize("algorithm", LEARNED)
 @pytest.mark.parametrize("number", (1, 3, 5))  # the last is the one at the end
 def test_a_snapshot_taken_up_again_gives_the_same_policy_curve_and_log_to_the_last_bit(
-        tmp_path, monkeypatch, algorithm, number):
+    tmp_path, monkeypatch, algorithm, number
+):
     straight, curve = learned(algorithm)
     logged, saved, path, save = [], [], tmp_path / "method.pt", rl.Training.save
 
@@ -249,6 +278,7 @@ def test_a_snapshot_taken_up_again_gives_the_same_policy_curve_and_log_to_the_la
         saved.append(self.schedule.last_epoch)
         if len(saved) == number:
             raise Killed
+
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(rl.Training, "save", save_and_die)
         learned(algorithm, snapshot=path)
@@ -352,6 +382,7 @@ def test_a_new_algorithm_is_one_class_and_one_entry(monkeypatch):
     class Lazy(rl.BC):
         def loss(self, batch):
             return super().loss(batch._replace(action=torch.full_like(batch.action, 7)))
+
     monkeypatch.setitem(rl.ALGORITHMS, "lazy", Lazy)
     settings = rl.LearnArguments(methods="lazy,lazy+relabel,lazy+kalm,lazy+both,llm")
     assert settings.learned_methods == [m for m in rl.method_names() if "lazy" in m]
@@ -367,23 +398,33 @@ def test_an_unknown_algorithm_is_refused_by_name():
         learned("cqk")
 
 
-@pytest.mark.parametrize("options, problem", [
-    ({"rl_batch": 0}, "--rl_batch must be at least 1, got 0"),
-    ({"rl_steps": 0}, "--rl_steps must be at least 1, got 0"),
-    ({"seeds": 0}, "--seeds must be at least 1"),
-    ({"rl_snapshot_steps": 0}, "--rl_snapshot_steps must be at least 1"),
-    ({"kept_per_goal": -1}, "--kept_per_goal must be at least 0, got -1"),
-    ({"encoder_layers": -1}, "--encoder_layers must be at least 0"),
-    ({"rl_learning_rate": math.nan}, "--rl_learning_rate .* got nan"),
-    ({"conservative_weight": math.inf}, "--conservative_weight .* got inf"),
-    ({"dynamics_tolerance": -0.1}, "--dynamics_tolerance must be at least 0, got -0.1"),
-    ({"keep": "some"}, "--keep takes .* 'some'"),
-    ({"imaginary_share": 1.0}, "--imaginary_share must be below 1, got 1.0"),
-    ({"methods": "bc,cql+klam"}, r"--methods: .* 'cql\+klam'; did you mean cql\+kalm\? .*, llm"),
-    ({"methods": "bc,"}, "--methods: unknown method ''"),
-    ({"methods": "bc,bc"}, "--methods .* once"),
-    ({"rl_batch": 12, "methods": "bc+kalm"}, "--imaginary_share is 2 of a batch, for 3 sources"),
-    ({"rl_batch": 25, "methods": "bc+both"}, "is 5 of a batch, for 6 sources")])
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"rl_batch": 0}, "--rl_batch must be at least 1, got 0"),
+        ({"rl_steps": 0}, "--rl_steps must be at least 1, got 0"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"rl_snapshot_steps": 0}, "--rl_snapshot_steps must be at least 1"),
+        ({"kept_per_goal": -1}, "--kept_per_goal must be at least 0, got -1"),
+        ({"encoder_layers": -1}, "--encoder_layers must be at least 0"),
+        ({"rl_learning_rate": math.nan}, "--rl_learning_rate .* got nan"),
+        ({"conservative_weight": math.inf}, "--conservative_weight .* got inf"),
+        ({"dynamics_tolerance": -0.1}, "--dynamics_tolerance must be at least 0, got -0.1"),
+        ({"keep": "some"}, "--keep takes .* 'some'"),
+        ({"imaginary_share": 1.0}, "--imaginary_share must be below 1, got 1.0"),
+        (
+            {"methods": "bc,cql+klam"},
+            r"--methods: .* 'cql\+klam'; did you mean cql\+kalm\? .*, llm",
+        ),
+        ({"methods": "bc,"}, "--methods: unknown method ''"),
+        ({"methods": "bc,bc"}, "--methods .* once"),
+        (
+            {"rl_batch": 12, "methods": "bc+kalm"},
+            "--imaginary_share is 2 of a batch, for 3 sources",
+        ),
+        ({"rl_batch": 25, "methods": "bc+both"}, "is 5 of a batch, for 6 sources"),
+    ],
+)
 def test_an_option_out_of_range_is_refused_by_name(options, problem):
     with pytest.raises(ValueError, match=problem):
         rl.LearnArguments(**options)

@@ -34,6 +34,7 @@ def test_balancing_and_dropping_keep_transitions_whole():
         buffer = Buffer(records, toy_table(), **options)
         columns = [column.reshape(len(buffer), -1).float() for column in buffer.transitions]
         return sorted(map(tuple, torch.cat(columns, 1).tolist()))
+
     plain = transitions(records)
     assert len(plain) == sum(len(r["actions"]) for r in records)
     assert transitions(records, balanced=True) == plain
@@ -46,18 +47,36 @@ def test_balancing_and_dropping_keep_transitions_whole():
 
 def test_a_buffer_lays_transitions_out_flat_and_is_done_at_successful_ends_only():
     obs = np.arange(60, dtype=np.float32).reshape(6, 10)
-    buffer = Buffer([toy_record(obs[:4], [1, 2, 3], [5, 6, 100], True),
-                        toy_record(obs[4:], [4], [7], False, TEXTS[2])], toy_table())
-    expected = (obs[[0, 1, 2, 4]], [0, 0, 0, 2], [1, 2, 3, 4], [5, 6, 100, 7], obs[[1, 2, 3, 5]],
-                [0, 0, 1, 0])
+    buffer = Buffer(
+        [
+            toy_record(obs[:4], [1, 2, 3], [5, 6, 100], True),
+            toy_record(obs[4:], [4], [7], False, TEXTS[2]),
+        ],
+        toy_table(),
+    )
+    expected = (
+        obs[[0, 1, 2, 4]],
+        [0, 0, 0, 2],
+        [1, 2, 3, 4],
+        [5, 6, 100, 7],
+        obs[[1, 2, 3, 5]],
+        [0, 0, 1, 0],
+    )
     assert len(buffer) == 4
     for found, wanted in zip(buffer.take(torch.arange(4)), expected):
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("share, buffers, expected", [
-    (0.5, 0, [10]), (0.5, 1, [5, 5]), (0.5, 2, [5, 2, 3]), (0.6, 3, [4, 2, 2, 2]),
-    (0.0, 2, [10, 0, 0])])
+@pytest.mark.parametrize(
+    "share, buffers, expected",
+    [
+        (0.5, 0, [10]),
+        (0.5, 1, [5, 5]),
+        (0.5, 2, [5, 2, 3]),
+        (0.6, 3, [4, 2, 2, 2]),
+        (0.0, 2, [10, 0, 0]),
+    ],
+)
 def test_a_batch_is_real_and_imaginary_in_the_asked_shares(share, buffers, expected):
     sources = [Buffer(random_records(20, i), toy_table()) for i in range(buffers + 1)]
     for number, buffer in enumerate(sources):
@@ -72,9 +91,12 @@ def test_a_batch_is_real_and_imaginary_in_the_asked_shares(share, buffers, expec
 
 # --------------------------------------------------------------------------------- goal encodings
 
-SENTENCES = [f"{verb} the {color} ball {end}." for verb in ("Put", "Could you gently move")
-             for color in ("red", "blue", "green")
-             for end in ("left", "behind the purple ball and the cyan one", "to where I like it")]
+SENTENCES = [
+    f"{verb} the {color} ball {end}."
+    for verb in ("Put", "Could you gently move")
+    for color in ("red", "blue", "green")
+    for end in ("left", "behind the purple ball and the cyan one", "to where I like it")
+]
 
 
 def test_text_encodings_are_token_means_whatever_the_batch():

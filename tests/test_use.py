@@ -220,21 +220,6 @@ def test_a_curve_begun_again_starts_anew_and_goes_to_every_tracker(tmp_path, mon
     assert calls == [*first, ("kalm", "rl_bc"), ({"rl_bc/loss": 1.5}, 0), "finished"]
 
 
-def test_tensorboard_shows_grounding_and_offline_rl(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    stages = ("--stage", "collect", "ground", "imagine", "learn")
-    options = ("--report_to", "tensorboard", "--methods", "bc,cql+kalm")
-    assert smoke(tmp_path / "run", *stages, *options) == 0
-    found = {}
-    for path in (tmp_path / "run").rglob("events.out.*"):
-        events = EventAccumulator(str(path)).Reload()
-        found |= {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
-    assert found["train/loss"] == found["train/action_loss"] == 8
-    assert found["rl_bc/loss"] == found["rl_cql+kalm/loss"] == 60
-
-
 # ------------------------------------------------------------------ elsewhere
 
 
