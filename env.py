@@ -215,7 +215,8 @@ class World:
 
     def explanation_fits(self, goal_text: str, explanation: str) -> bool:
         """Whether an explanation may be one of this goal, by its words alone: no judge."""
-        return explanation == self.canonical_text(self.goal_of_text(goal_text))
+        goal = self.goal_of_text(goal_text)
+        return explanation == (goal_text if goal.kind == UNJUDGED else self.canonical_text(goal))
 
     def describe(self, obs: ndarray, count: int, rng: Generator) -> list[tuple[int, str, str]]:
         """At most count true sentences about states (N, D): (row, beginning, end)."""

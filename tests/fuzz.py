@@ -31,32 +31,32 @@ COLORS = ("red", "blue", "green", "purple", "cyan")
 DIRECTIONS = ("behind", "left", "front", "right")
 
 
+def padded(rows, steps):
+    """Arrays as one, each padded to so many steps."""
+    array = np.zeros((len(rows), steps, *rows[0].shape[1:]), rows[0].dtype)
+    for padded_row, values in zip(array, rows):
+        padded_row[: len(values)] = values
+    return array
+
+
 def authors_layout(records, steps, texts=3):
     """Records as the authors write them: arrays padded to so many steps, several instructions."""
-    count = len(records)
     arrays = {
-        "observations": np.zeros((count, steps, 10), np.float32),
-        "next_observations": np.zeros((count, steps, 10), np.float32),
-        "actions": np.zeros((count, steps), np.int32),
-        "rewards": np.zeros((count, steps, 1), np.float32),
-        "terminals": np.zeros((count, steps, 1), bool),
-        "masks": np.zeros((count, steps), np.int32),
-        "goals": np.zeros((count, steps, 6), np.float32),
+        "observations": padded([r["observations"][:-1] for r in records], steps),
+        "next_observations": padded([r["observations"][1:] for r in records], steps),
+        "actions": padded([r["actions"].astype(np.int32) for r in records], steps),
+        "rewards": padded([r["rewards"][:, None] for r in records], steps),
+        "terminals": np.zeros((len(records), steps, 1), bool),
+        "masks": padded([np.ones(len(r["actions"]), np.int32) for r in records], steps),
+        "goals": np.zeros((len(records), steps, 6), np.float32),
     }
     for row, r in enumerate(records):
-        n = len(r["actions"])
         ((ball, other, direction),) = r["relations"]
-        arrays["observations"][row, :n] = r["observations"][:-1]
-        arrays["next_observations"][row, :n] = r["observations"][1:]
-        arrays["actions"][row, :n] = r["actions"]
-        arrays["rewards"][row, :n, 0] = r["rewards"]
-        arrays["masks"][row, :n] = 1
-        arrays["terminals"][row, n - 1] = r["success"]
-        arrays["goals"][row, :, COLORS.index(ball)] = 1
-        arrays["goals"][row, :, COLORS.index(other)] = 2
+        arrays["terminals"][row, len(r["actions"]) - 1] = r["success"]
+        arrays["goals"][row, :, [COLORS.index(ball), COLORS.index(other)]] = [[1], [2]]
         arrays["goals"][row, :, 5] = DIRECTIONS.index(direction)
     sentences = [[f"{r['goal']} ({i})" for i in range(texts)] for r in records]
-    return {"num_trajectories": count, **arrays, "instructions": np.array(sentences)}
+    return {"num_trajectories": len(records), **arrays, "instructions": np.array(sentences)}
 
 
 def npy(value, protocol=4):
@@ -75,10 +75,10 @@ def plain_npy(array):
     return stream.getvalue()
 
 
-def npz(members, compression=zipfile.ZIP_STORED):
+def npz(members):
     """The bytes of an .npz file; members: {name: array or number, or the bytes of an .npy file}."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, value in members.items():
             archive.writestr(f"{name}.npy", value if isinstance(value, bytes) else plain_npy(value))
     return file.getvalue()
@@ -97,13 +97,9 @@ def hdf5(members):
 
 def arrays_only(fields):
     """Fields as arrays of numbers and texts, without those that can only be pickled."""
-    found = {}
-    for name, value in fields.items():
-        try:
-            found[name] = np.asarray(value)
-        except ValueError:
-            continue
-    return {name: value for name, value in found.items() if value.dtype != object}
+    ragged = {name for name, value in fields.items() if isinstance(value, list)}
+    arrays = {name: np.asarray(value) for name, value in fields.items() if name not in ragged}
+    return {name: array for name, array in arrays.items() if array.dtype != object}
 
 
 def store(path, world, episodes, observation_space=None, data_format="hdf5"):
@@ -114,14 +110,14 @@ def store(path, world, episodes, observation_space=None, data_format="hdf5"):
     spaces = observation_space or face.observation_space, face.action_space
     new_storage = minari.dataset.minari_storage.MinariStorage.new
     data = new_storage(path / "data", *spaces, data_format=data_format)
-    fields = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
+    names = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
     for episode in episodes:
-        told = {name: getattr(episode, name) for name in fields}
+        fields = {name: getattr(episode, name) for name in names}
         if data_format != "hdf5":  # there a text is a text, and an array has two axes
-            plain = {k: v if np.ndim(v) > 1 else np.asarray(v) for k, v in told["infos"].items()}
-            plain = {k: v.astype(str) if v.dtype.kind in "SO" else v for k, v in plain.items()}
-            told["infos"] = {k: v if np.ndim(v) > 1 else v.tolist() for k, v in plain.items()}
-        data.update_episodes([minari.data_collector.EpisodeBuffer(**told)])
+            for name, values in fields["infos"].items():
+                texts = np.char.decode(values) if np.asarray(values).dtype.kind == "S" else values
+                fields["infos"][name] = values if np.ndim(values) > 1 else list(texts)
+        data.update_episodes([minari.data_collector.EpisodeBuffer(**fields)])
     data.update_metadata({"dataset_id": "kalm/theirs-v0", "minari_version": minari.__version__})
     return path
 
@@ -168,27 +164,15 @@ def mutate_arrays(arrays, rng):
     arrays = dict(arrays)
     for _ in range(rng.integers(1, 3)):
         name = pick(rng, list(arrays))
-        value = arrays[name]
-        if isinstance(value, list):
-            value = np.array(value, object)
-        match rng.integers(8):
-            case 0 if len(arrays) > 1:
-                del arrays[name]
-            case 1:
-                arrays[name] = value[..., :0] if np.ndim(value) else value
-            case 2:
-                arrays[name] = np.array(value).T
-            case 3 if np.asarray(value).dtype.kind in "biuf":
-                arrays[name] = np.asarray(value).astype(pick(rng, TYPES), casting="unsafe")
-            case 4:
-                arrays[name] = pick(rng, STRANGE)
-            case 5 if np.size(value) and np.asarray(value).dtype.kind in "fiu":
-                arrays[name] = np.array(value, np.float64)
-                arrays[name].flat[rng.integers(np.size(value))] = pick(rng, NUMBERS)
-            case 6:
-                arrays[pick(rng, recordings.FIELDS)] = value
-            case 7:
-                arrays[name] = np.array(value).tolist()
+        value = np.array(arrays.pop(name))
+        if value.dtype.kind in "fiub" and value.size and rng.random() < 0.5:
+            value = value.astype(np.float64)
+            value.flat[rng.integers(value.size)] = pick(rng, NUMBERS)
+            value = value.astype(pick(rng, TYPES), casting="unsafe")
+        strange = [value.T, value[..., :0] if value.ndim else value, value.tolist(), value[None]]
+        arrays[name] = pick(rng, [value, value, *strange, pick(rng, STRANGE)])
+        if rng.random() < 0.2:
+            arrays[pick(rng, recordings.FIELDS)] = arrays.pop(name)
     return arrays
 
 
@@ -239,35 +223,29 @@ def cases(folder, world, rng):
         name = pick(rng, list(layout))
         lines = [pick(rng, goals) for _ in range(3)]
         path = folder / f"case.{kind.split()[0]}"
-        match kind:
-            case "jsonl":
-                content = mutate_bytes("\n".join(map(json.dumps, lines)).encode(), rng)
-            case "jsonl fields":
-                content = "\n".join(json.dumps(mutate_json(r, rng)) for r in lines).encode()
-            case "npy":
-                content = mutate_bytes(npy(layout, int(rng.integers(6))), rng)
-            case "npy fields":
-                content = npy(mutate_arrays(layout, rng))
-            case "npz":
-                packed = pick(rng, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-                content = mutate_bytes(npz(layout, packed), rng)
-            case "npz member":
-                content = npz({**layout, name: mutate_bytes(plain_npy(layout[name]), rng)})
-            case "npz fields":
-                content = npz(arrays_only(mutate_arrays(layout, rng)))
-            case "hdf5 fields":
-                content = hdf5(arrays_only(mutate_arrays(layout, rng)))
         if kind == "folder":
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(pick(rng, folders), path)
             files = [file for file in sorted(path.rglob("*")) if file.is_file()]
             file = pick(rng, [file for file in files if file.suffix != ".hdf5"])
+            content = mutate_bytes(file.read_bytes(), rng)
             if file.suffix == ".json" and rng.random() < 0.5:
-                file.write_text(json.dumps(mutate_json(json.loads(file.read_text()), rng)))
-            else:
-                file.write_bytes(mutate_bytes(file.read_bytes(), rng))
+                content = json.dumps(mutate_json(json.loads(file.read_text()), rng)).encode()
+            file.write_bytes(content)
         else:
-            path.write_bytes(content)
+            make = {
+                "jsonl": lambda: mutate_bytes("\n".join(map(json.dumps, lines)).encode(), rng),
+                "jsonl fields": lambda: json.dumps(mutate_json(lines[0], rng)).encode(),
+                "npy": lambda: mutate_bytes(npy(layout, int(rng.integers(6))), rng),
+                "npy fields": lambda: npy(mutate_arrays(layout, rng)),
+                "npz": lambda: mutate_bytes(npz(layout), rng),
+                "npz member": lambda: npz(
+                    {**layout, name: mutate_bytes(plain_npy(layout[name]), rng)}
+                ),
+                "npz fields": lambda: npz(arrays_only(mutate_arrays(layout, rng))),
+                "hdf5 fields": lambda: hdf5(arrays_only(mutate_arrays(layout, rng))),
+            }
+            path.write_bytes(make[kind]())
         yield kind, env.read_goals if path.suffix == ".jsonl" else formats.read, path
 
 

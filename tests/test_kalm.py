@@ -146,6 +146,10 @@ def test_another_world_goes_through_every_stage_from_a_file_anywhere(tmp_path, c
     assert [entry["method"] for entry in lines_of(run / "logs" / "act.jsonl")] == ["bc", "llm"]
     assert smoke(run, "--stage", "learn") == 2  # of the default world
     assert "was run with --env" in capsys.readouterr().err
+    with open(mine, "a", encoding="utf-8") as file:
+        file.write("# another world\n")
+    assert smoke(run, "--env", f"{mine}:Tiles", "--dry_run") == 0
+    assert "done before" not in capsys.readouterr().out
 
 
 def test_every_algorithm_has_rows_and_curves(run):
