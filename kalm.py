@@ -471,7 +471,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
         seed = manifest.stages["learn"]["run"]["seed"]  # the given one chooses the start alone
     methods = [name for name in named.get("methods", "").split(",") if name]
     acting = episode.Acting(shared.goal, grounding.seed, methods)
-    logs.check_trackers(grounding.report_to)
+    logs.check_trackers(grounding.report_to, manifest.run / "logs")
     world = env.make(shared.env)
     imagining.novel_goals_of(world, seed)
     of_stages = dict(zip(STAGES, (*found[1:], acting)))

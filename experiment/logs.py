@@ -5,6 +5,7 @@ This file knows numbers with a step, and nothing of what they measure.
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +17,14 @@ from experiment import folder
 PROJECT = "kalm"  # under which trackers show the runs
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError for a tracker of --report_to that is unknown or not installed."""
+def check_trackers(names: Sequence[str], logs: Path) -> None:
+    """Raise ValueError for a tracker of --report_to that is unknown or not installed.
+
+    Those that keep files keep them in logs, unless the user's environment says where.
+    """
+    if names:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs / "grounding"))
+        os.environ.setdefault("WANDB_DIR", str(logs))
     for name in names:
         if name not in tracking.LOGGER_TYPE_TO_CLASS:
             known = ", ".join(map(str, tracking.LOGGER_TYPE_TO_CLASS))

@@ -9,27 +9,22 @@ import numpy as np
 import pytest
 from fuzz import store
 from test_exports import imaginary
-from test_formats import RED_LEFT, assert_same, needs_minari, write, write_as
+from test_formats import HAS_MINARI, RED_LEFT, assert_same, write, write_as
 
 import env
 from data import formats, minari_io
+
+pytestmark = pytest.mark.skipif(not HAS_MINARI, reason="minari is not installed")
 
 
 def test_without_minari_one_sentence_says_what_to_install(world, rollouts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     write(tmp_path / "metadata.json", b"{}")
-    for use in (
-        lambda: minari_io.write_minari(tmp_path / "a-v0", rollouts, world),
-        lambda: formats.read(tmp_path, world),
-    ):
-        with pytest.raises(ValueError, match=r'pip install "minari\[hdf5,arrow\]"'):
-            use()
+    with pytest.raises(ValueError, match=r'pip install "minari\[hdf5,arrow\]"'):
+        formats.read(tmp_path, world)
 
 
-@needs_minari
-def test_what_is_written_loads_combines_filters_and_recovers(
-    world, rollouts, tmp_path, monkeypatch
-):
+def test_what_is_written_combines_filters_and_recovers(world, rollouts, tmp_path, monkeypatch):
     import minari
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
@@ -41,10 +36,8 @@ def test_what_is_written_loads_combines_filters_and_recovers(
     parts = [minari.load_dataset(f"kalm/{name}-v0") for name in sources]
     for episode, r in zip(parts[0], rollouts[:5]):
         np.testing.assert_array_equal(episode.infos["state"], r["states"])
-        assert episode.terminations.tolist() == [False] * (len(r["actions"]) - 1) + [True]
-        assert not episode.truncations.any()
+        assert episode.terminations.nonzero()[0] == [len(r["actions"]) - 1]
     recovered = parts[0].recover_environment()
-    assert recovered.spec.id == "KALM/ClevrRobot-v0"
     assert recovered.observation_space == parts[0].observation_space
     both = minari.combine_datasets(parts, "kalm/all-v0")
     records = formats.read(tmp_path / "kalm" / "all-v0", world)[0]
@@ -56,22 +49,17 @@ def test_what_is_written_loads_combines_filters_and_recovers(
 def played(world, goal, actions):
     """What minari.DataCollector keeps of an environment's steps; it itself needs jax."""
     face = env.WorldEnv(world)
-    seen, info = face.reset(seed=1, options={"goal": goal})
-    steps = [(seen, None, None, None, info), *map(face.step, actions)]
-    observations, rewards, terminations, truncations, infos = zip(*steps)
-    return SimpleNamespace(
-        observations=list(observations),
-        actions=actions,
-        rewards=list(rewards[1:]),
-        terminations=list(terminations[1:]),
-        truncations=list(truncations[1:]),
-        infos={key: [one[key] for one in infos] for key in info},
-    )
+    start = face.reset(seed=1, options={"goal": goal})
+    steps = [(start[0], None, None, None, start[1]), *map(face.step, actions)]
+    observations, rewards, terminations, truncations, infos = map(list, zip(*steps))
+    episode = SimpleNamespace(observations=observations, actions=actions, rewards=rewards[1:])
+    episode.terminations, episode.truncations = terminations[1:], truncations[1:]
+    episode.infos = {key: [info[key] for info in infos] for key in infos[0]}
+    return episode
 
 
-@needs_minari
 @pytest.mark.parametrize("data_format", ("hdf5", "arrow", "parquet"))
-def test_what_minari_records_of_our_environment_is_read_with_goals_that_no_sentence_tells(
+def test_what_minari_records_is_read_with_goals_that_no_sentence_tells(
     world, tmp_path, data_format
 ):
     rng = np.random.default_rng(5)
@@ -85,93 +73,63 @@ def test_what_minari_records_of_our_environment_is_read_with_goals_that_no_sente
         np.testing.assert_array_equal(record["states"], states)
 
 
-@needs_minari
-def test_a_goal_in_an_episodes_attributes_is_read_and_a_short_info_left_out(world, tmp_path):
+def test_a_goal_in_attributes_is_read_and_a_short_info_left_out(world, tmp_path):
     goal = world.sample_goals("hard", "test", 1, np.random.default_rng(0))[0]
     episode = played(world, goal, [1, 2, 3])
+    attributes = {name: episode.infos[name][0] for name in ("goal", "level", "kind", "relations")}
     episode.infos = {"state": episode.infos["state"][1:]}
     path = store(tmp_path / "d", world, [episode])
-    told = goal.to_json()
-    told |= {"goal": told["text"], "relations": json.dumps(told["relations"])}
-    minari_io.package().MinariDataset(path / "data").storage.update_episode_metadata([told])
+    data = minari_io.package().MinariDataset(path / "data")
+    data.storage.update_episode_metadata([attributes])
     (record,), _ = formats.read(path, world)
     assert env.goal_of(record) == goal and record["states"] is None
 
 
-def of_dicts(episode):
-    episode.observations = {"ball": np.array(episode.observations)}
-
-
-def without_goal(episode):
-    del episode.infos["goal"]
-
-
-def with_two_goals(episode):
-    episode.infos["goal"][-1] = "Blue left of red"
-
-
-@needs_minari
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (of_dicts, "row 0: observations must be an array"),
-        (without_goal, "row 0: no text of the goal"),
-        (with_two_goals, "row 0: goal changes within the episode"),
-    ],
-)
-def test_an_episode_that_cannot_be_judged_is_refused(world, tmp_path, change, said):
-    episode = played(world, RED_LEFT, [1, 2, 3])
-    change(episode)
-    box = env.WorldEnv(world).observation_space
-    space = gymnasium.spaces.Dict(ball=box) if change is of_dicts else box
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("said", ("observations must be", "no text of the goal", "goal changes"))
+def test_an_episode_that_cannot_be_judged_is_refused(world, tmp_path, said):
+    episode, space = played(world, RED_LEFT, [1, 2, 3]), None
+    if said == "observations must be":
+        episode.observations = {"ball": np.array(episode.observations)}
+        space = gymnasium.spaces.Dict(ball=env.WorldEnv(world).observation_space)
+    elif said == "goal changes":
+        episode.infos["goal"][-1] = "Blue left of red"
+    else:
+        del episode.infos["goal"]
+    with pytest.raises(ValueError, match=f"row 0: {said}"):
         formats.read(store(tmp_path / "d", world, [episode], space), world)
 
 
-def virtual(h5py, episode):
-    layout = h5py.VirtualLayout((3, 10), "f4")
-    layout[:] = h5py.VirtualSource("other.h5", "observations", (3, 10))
-    episode.create_virtual_dataset("observations", layout)
-
-
-def external(h5py, episode):
-    places = [("secret", 0, h5py.h5f.UNLIMITED)]
-    episode.create_dataset("observations", (3, 10), "f4", external=places)
-
-
-ELSEWHERE = {
-    "external": external,
-    "virtual": virtual,
-    "linked": lambda h5py, e: e.__setitem__("observations", h5py.ExternalLink("other.h5", "a")),
-    "soft": lambda h5py, e: e.__setitem__("observations", h5py.SoftLink("/episode_1/rewards")),
-    "huge": lambda h5py, e: e.create_dataset("observations", (2**40, 10), "f4", chunks=(1024, 10)),
-}
-
-
-@needs_minari
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_data_in_other_files_or_too_large_is_refused(world, rollouts, tmp_path, name):
+@pytest.mark.parametrize("kind", ("external", "virtual", "linked", "soft", "huge"))
+def test_data_in_other_files_or_too_large_is_refused(world, rollouts, tmp_path, kind):
     import h5py
 
-    path = write_as("minari", tmp_path, rollouts[:3], world)
+    path, name = write_as("minari", tmp_path, rollouts[:3], world), "observations"
     with h5py.File(path / "data" / "main_data.hdf5", "a") as file:
-        del file["episode_2/observations"]
-        ELSEWHERE[name](h5py, file["episode_2"])
+        episode = file["episode_2"]
+        del episode[name]
+        if kind == "external":
+            places = [("secret", 0, h5py.h5f.UNLIMITED)]
+            episode.create_dataset(name, (3, 10), "f4", external=places)
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((3, 10), "f4")
+            layout[:] = h5py.VirtualSource("other.h5", name, (3, 10))
+            episode.create_virtual_dataset(name, layout)
+        elif kind == "huge":
+            episode.create_dataset(name, (2**40, 10), "f4", chunks=(1024, 10))
+        else:
+            soft = h5py.SoftLink("/episode_1/observations")
+            episode[name] = h5py.ExternalLink("other.h5", "a") if kind == "linked" else soft
     with pytest.raises(ValueError, match="episode_2/observations is a link|arrays take"):
         formats.read(path, world)
 
 
-@needs_minari
-def test_metadata_that_are_not_minaris_are_refused_and_no_environment_made(
-    world, rollouts, tmp_path
-):
+def test_other_metadata_are_refused_and_no_environment_made(world, rollouts, tmp_path):
     path = write_as("minari", tmp_path, rollouts[:3], world) / "data" / "metadata.json"
     metadata = json.loads(path.read_text())
     del metadata["observation_space"]  # Minari would then import and call the entry point
     metadata["env_spec"] = metadata["env_spec"].replace("env:WorldEnv", "test_formats:boom")
-    for content in ("", "[]", "{}", '{"data_format": "hdf5"}', "[" * 10**5, json.dumps(metadata)):
+    for content in ("", "[]", '{"data_format": "hdf5"}', "[" * 10**5, json.dumps(metadata)):
         path.write_text(content)
-        with pytest.raises(ValueError, match="minari-v0: "):
+        with pytest.raises(ValueError, match="minari-v0: ") as refused:
             formats.read(path.parent.parent, world)
-    with pytest.raises(ValueError, match="no spaces, and the environment .* is not made"):
-        formats.read(path.parent.parent, world)
+    assert "no spaces, and the environment that it names is not made" in str(refused.value)

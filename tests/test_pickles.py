@@ -12,7 +12,7 @@ import torch
 from fuzz import authors_layout, npy, npz
 from test_formats import write
 
-from data import formats, recordings
+from data import formats
 
 
 class Calls:
@@ -42,33 +42,31 @@ def payloads(marker):
     command = f"touch {marker}"
     copyreg.add_extension("os", "system", 0x70)  # the same twice is no error
     run, told = Calls(os.system, command), b"(" + text(command)
+    system = Calls(getattr, Calls(__import__, "os"), "system")
     values = {
         "os.system": run,
-        "builtins.eval": Calls(eval, f"__import__('os').system({command!r})"),
-        "builtins.exec": Calls(exec, f"import os; os.system({command!r})"),
-        "nested reduce": Calls(
-            list, Calls(map, Calls(getattr, Calls(__import__, "os"), "system"), [command])
-        ),
+        "eval": Calls(eval, f"__import__('os').system({command!r})"),
+        "exec": Calls(exec, f"import os; os.system({command!r})"),
+        "nested": Calls(list, Calls(map, system, [command])),
         "in a dict of arrays": {"actions": np.zeros(3), "masks": run},
         "in an object array": np.array([run, "text"], object),
     }
-    found = {f"{n}, protocol {p}": pickle.dumps(v, p) for n, v in values.items() for p in (0, 4, 5)}
+    found = {f"{n}, protocol {p}": pickle.dumps(v, p) for n, v in values.items() for p in (0, 4)}
     mapped = b"cbuiltins\nlist\n(cbuiltins\nmap\n(cos\nsystem\n(" + text(command) + b"lt"
     memo = text("os") + b"\x94" + text("system") + b"\x9400h\0h\1\x93" + told + b"tR."
-    twice = text("numpy") + b"q\0000" + text("os") + b"q\0000h\0" + text("system") + b"\x93"
+    twice = text("numpy") + b"q\x000" + text("os") + b"q\x000h\0" + text("system") + b"\x93"
     return {
         **found,
         "GLOBAL": b"cos\nsystem\n" + told + b"tR.",
         "INST": told + b"ios\nsystem\n.",
         "OBJ": b"(cos\nsystem\n" + text(command) + b"o.",
         "EXT1": b"\x82\x70" + told + b"tR.",
-        "EXT2": b"\x83\x70\0" + told + b"tR.",
         "EXT4": b"\x84\x70\0\0\0" + told + b"tR.",
         "NEWOBJ": mapped + b"\x81tR.",
         "NEWOBJ_EX": mapped + b"}\x92tR.",
         "BUILD": b"ctest_pickles\nRuns\n)\x81" + text(command) + b"b.",
         "names from the memo": memo,
-        "a memo entry put twice": twice.replace(b"q\0000", b"q\x000") + told + b"tR.",
+        "a memo entry put twice": twice + told + b"tR.",
         "a dotted name": b"\x80\4" + text("shutil") + text("os.system") + b"\x93" + told + b"tR.",
         "thrown away": b"cos\nsystem\n" + told + b"tR0}.",
     }
@@ -90,23 +88,6 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(world, tmp_path, mo
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "value, name",
-    [
-        (torch.zeros(2), "torch._utils._rebuild_tensor_v2"),
-        (np.random.default_rng(0), "numpy.random"),
-        (Calls(np.load, "x.npy"), "numpy.load"),
-        ({1, 2}, "a recording is"),
-        (b"bytes", "a recording is"),
-        ({"actions": np.zeros(2, "V3"), "masks": 1}, "type 'V3', not numbers or texts"),
-        ({"actions": np.zeros(2, "f4,i4")}, "type 'V8', not numbers or texts"),
-    ],
-)
-def test_what_a_recording_does_not_have_is_named(world, tmp_path, value, name):
-    with pytest.raises(ValueError, match=name):
-        formats.read(write(tmp_path / "a.npy", npy(value)), world)
-
-
 NONE = b"J\xff\xff\xff\xff"
 RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85C\1btR"
 DTYPE = b"cnumpy\ndtype\n(U\x02%b\x89\x88tR(K\3U\1<NNN" + NONE + NONE + b"K\0tb"
@@ -118,66 +99,39 @@ def array(shape, code=b"f8"):
     return RECONSTRUCT + b"(" + sizes + DTYPE % code + b"\x89C\x08abcdefghtb."
 
 
-CHANGES_NAMES = b"c_codecs\nencode\nN}" + text("__kwdefaults__") + text("x") + b"s\x86b."
-LOOPS = b"]\x94" + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(200)) + b"."
 DAMAGED = {
     "more numbers than bytes": array(2**31 - 1),
     "fewer than none": array(-1),
-    "objects of bytes": array(1, b"O8"),
     "bytes of a tebibyte": b"\x96" + struct.pack("<Q", 2**40) + b"short.",
-    "binary of a tebibyte": b"\x8e" + struct.pack("<Q", 2**40) + b"short.",
     "a frame without end": b"\x95" + struct.pack("<Q", 2**62) + b"N",
     "a memo of gibibytes": b"Nr\xff\xff\xff\x7f.",
-    "another": b"p999999999\nN.",
-    "an integer of 100,000 digits": b"L" + b"9" * 10**5 + b"L\n.",
     "an array of another type": b"cnumpy\ndtype\n(U\x04V999\x89\x88tR.",
-    "a type without a code": b"cnumpy\ndtype\n)R.",
     "a state of no array": RECONSTRUCT + b"]b.",
     "a persistent id": b"Pid\n.",
-    "a buffer from outside": b"\x97.",
-    "a changed name": CHANGES_NAMES,
-    "no mark": b"t.",
-    "nothing in the memo": b"h\7.",
-    "no end": b"N",
-    "nothing": b"",
-    "an end alone": b".",
-    "a list that doubles itself": LOOPS,
+    "a list that doubles itself": b"]\x94"
+    + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(200)),
     "a list in itself": b"]\x94h\0a.",
-    "complex numbers": pickle.dumps({"masks": 1j, "observations": 1}),
-    "texts in an array": pickle.dumps({"masks": np.array([{}, "x"], object), "actions": [1]}),
+    "a tensor": pickle.dumps(torch.zeros(2)),
+    "fields": pickle.dumps({"actions": np.zeros(2, "f4,i4")}),
+    "dicts in an array": pickle.dumps({"masks": np.array([{}, "x"], object), "actions": [1]}),
 }
 
 
 @pytest.mark.parametrize("code", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_pickle_is_refused_and_takes_no_memory_that_it_does_not_hold(
-    world, tmp_path, code
-):
+def test_a_damaged_pickle_is_refused_and_takes_no_memory(world, tmp_path, code):
     path = write(tmp_path / "a.npy", npy({})[:128] + code)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"a\.npy"):
+        with pytest.raises(ValueError, match=r"a\.npy: "):
             formats.read(path, world)
         assert tracemalloc.get_traced_memory()[1] < 3 * 10**7
     finally:
         tracemalloc.stop()
-    assert np.dtype("f8").byteorder == "="
 
 
 def test_every_cut_of_a_recording_is_refused(world, rollouts, tmp_path):
     recorded = authors_layout(rollouts[:12], 20)
-    for content, path in ((npy(recorded), tmp_path / "a.npy"), (npz(recorded), tmp_path / "a.npz")):
+    for path, content in ((tmp_path / "a.npy", npy(recorded)), (tmp_path / "a.npz", npz(recorded))):
         for end in [*range(0, 300, 7), *range(300, len(content), 4001), len(content) - 1]:
             with pytest.raises(ValueError, match=path.name):
                 formats.read(write(path, content[:end]), world)
-
-
-@pytest.mark.parametrize("protocol", (3, 4))
-def test_arrays_in_a_pickle_are_arrays(protocol):
-    plain = [1, 2.5, None, True, (b"x", -(2**70), "é")]
-    values = {"a": np.arange(6.0).reshape(2, 3).T, "b": np.array(["é", "x"]), "c": np.float32(2)}
-    values |= {"d": np.array([["a"], "b"], object), "e": np.arange(3, dtype=">i4"), "f": plain}
-    found = recordings.unpickle(pickle.dumps(values, protocol))
-    assert found.pop("f") == values.pop("f")
-    for name, value in values.items():
-        np.testing.assert_array_equal(found[name], value)
-        assert found[name].dtype == value.dtype
