@@ -251,12 +251,15 @@ def test_the_same_seed_gives_the_same_episode(name):
 def test_reset_takes_a_goal_and_a_state_and_the_episode_ends_by_success_or_limit(world):
     state = world.initial_states(np.random.default_rng(10), 1)[0]
     clevr = WorldEnv(world, max_steps=2)
-    obs, info = clevr.reset(options={"goal": GREEN_LEFT, "state": state})
-    assert info["goal"] == GREEN_LEFT.text and (obs == world.observe(state)).all()
+    far = Goal("far", "hard", "line")
+    obs, info = clevr.reset(options={"goal": far, "state": state})
+    assert info["goal"] == far.text and (obs == world.observe(state)).all()
     obs, reward, terminated, truncated, info = clevr.step(PUSH_RED)
     assert not terminated and not truncated
     assert (info["state"] == world.step_batch(state[None], [PUSH_RED])[0]).all()
     assert clevr.step(PUSH_RED)[2:4] == (False, True)
+    clevr.reset(options={"goal": GREEN_LEFT, "state": state})
+    assert clevr.step(PUSH_RED)[2:4] == (False, True)  # a goal of one step is over, met or not
     clevr.reset(options={"goal": GREEN_LEFT, "state": state})
     assert clevr.step(PUSH_GREEN_LEFT)[1:4] == (100.0, True, False)
 

@@ -8,7 +8,6 @@ import gymnasium
 import numpy as np
 import pytest
 from fuzz import store
-from test_exports import imaginary
 from test_formats import HAS_MINARI, RED_LEFT, assert_same, write, write_as
 
 import env
@@ -24,6 +23,19 @@ def test_without_minari_one_sentence_says_what_to_install(world, rollouts, tmp_p
         formats.read(tmp_path, world)
 
 
+def imaginary(world, rollouts):
+    """Imagined records of every kind, with what the model says of them."""
+    rng, records = np.random.default_rng(3), []
+    goals = [g for level in env.NOVEL_LEVELS for g in world.sample_goals(level, "test", 8, rng)]
+    for goal, r in zip(goals, rollouts):
+        noise = rng.normal(0, 0.05, r["observations"].shape)
+        told = {**goal.to_json(), "goal": goal.text, "explanation": 'The rød ball, "1" \u2028.'}
+        told["observations"] = (r["observations"] + noise).astype(np.float32)
+        told["dynamics_error"] = rng.random(len(r["actions"])).astype(np.float32)
+        records.append(formats.judged({**told, "actions": r["actions"]}, world)[0])
+    return records
+
+
 def test_what_is_written_combines_filters_and_recovers(world, rollouts, tmp_path, monkeypatch):
     import minari
 
@@ -37,8 +49,7 @@ def test_what_is_written_combines_filters_and_recovers(world, rollouts, tmp_path
     for episode, r in zip(parts[0], rollouts[:5]):
         np.testing.assert_array_equal(episode.infos["state"], r["states"])
         assert episode.terminations.nonzero()[0] == [len(r["actions"]) - 1]
-    recovered = parts[0].recover_environment()
-    assert recovered.observation_space == parts[0].observation_space
+    assert parts[0].recover_environment().observation_space == parts[0].observation_space
     both = minari.combine_datasets(parts, "kalm/all-v0")
     records = formats.read(tmp_path / "kalm" / "all-v0", world)[0]
     assert_same(records, [*sources["real"], *sources["imagined"]])

@@ -166,9 +166,10 @@ def test_recipe_another_encoder_gives_the_policies_its_width(tree, world):
     assert table.std(0).min() > 0.1  # different texts have different encodings
 
 
-def test_recipe_a_term_of_the_loss_is_in_the_loss_alone(tree):
+def test_recipe_a_term_of_the_loss_is_in_the_loss_and_in_the_log(tree):
     run_changed(tree, "A term of the grounding loss")
     paths = [tree / "runs" / name / "grounded" / "metrics.json" for name in ("tour", "still")]
     before, after = (folder.read_json(path)["log"][0] for path in paths)
     assert all(before[f"{part}_loss"] == after[f"{part}_loss"] for part in ("text", "state"))
     assert 0.001 < after["loss"] - before["loss"] < 0.5
+    assert after["still_loss"] > 0
