@@ -64,8 +64,9 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "episodes": 6, "episode_steps": 10,
     },
     "quick": {
-        "train_goals": 2000, "novel_goals": 40, "temperatures": "1,1", "rl_steps": 4000,
-        "seeds": 1, "methods": "bc,bc+relabel,bc+kalm,llm", "episodes": 50, "adapter": "released",
+        "train_goals": 1500, "novel_goals": 40, "starts_per_goal": 8, "step_starts": 12,
+        "temperatures": "1,1", "rl_steps": 4000, "seeds": 1, "episodes": 50,
+        "methods": "bc,bc+relabel,bc+kalm,llm", "adapter": "released",
     },
     "cpu": {"adapter": "released"},
     "gpu": {
@@ -277,11 +278,10 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
         counts = [f"{level} {len(records)}" for level, records in sources[name].items()]
         run.say(f"    {name}: {', '.join(counts)}")
     trained_texts = [record["goal"] for record in real]
-    other_texts = [goal.text for goal in sum(goals.values(), [])]
-    other_texts += [record["goal"] for record in held_out]
-    table = rl.GoalTable.encode(
-        trained_texts, other_texts, *run.load_encoder(settings.encoder, settings.encoder_layers)
-    )
+    others = [goal.text for level in goals.values() for goal in level]
+    others += [record["goal"] for record in held_out]
+    encoder = run.load_encoder(settings.encoder, settings.encoder_layers)
+    table = rl.GoalTable.encode(trained_texts, others, *encoder)
     buffer = rl.Buffer(real, table, state.device)
     config = settings.config(run.world.observation_scale, run.bf16)
     seeds = [run.seed + number for number in range(settings.seeds)]

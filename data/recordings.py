@@ -1,8 +1,7 @@
 """Recordings as dicts of padded arrays, one a field: rollouts first, then steps.
 
-`masks` says which steps are real. Read are the authors' pickled .npy (several instructions, `goals`
-as numbers) and ImagineBench's .npz, .npy and .hdf5 (an encoding behind the observations); written
-is .npz. Nothing that a file names is imported or called. This file judges nothing.
+`masks` says which steps are real. Read are the authors' pickled .npy and ImagineBench's .npz, .npy
+and .hdf5; written is .npz. Nothing that a file names is imported or called, and nothing judged.
 """
 
 import io
@@ -165,9 +164,11 @@ READERS = {".npy": _read_npy, ".npz": _read_npz, ".hdf5": _read_hdf5, ".h5": _re
 
 def unpickle(data: bytes) -> object:
     """The value of pickled bytes: plain values and arrays. Raises ValueError, and others."""
-    for opcode, argument, position in pickletools.genops(data):  # sizes that the data cannot hold
+    tuples = 0  # so deep they can nest, and hashing them recurses
+    for opcode, argument, position in pickletools.genops(data):  # finds sizes beyond the data
+        tuples += opcode.name.startswith("TUPLE")
         takes_memory = opcode.name.endswith("PUT") and int(argument) > position
-        if takes_memory or opcode.name.startswith("EXT"):  # which can get past find_class
+        if takes_memory or tuples > 5000 or opcode.name.startswith("EXT"):  # past find_class
             raise ValueError(f"the pickle has the opcode {opcode.name} as no recording; refused")
     value = _Unpickler(io.BytesIO(data), encoding="latin1").load()
     return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value

@@ -95,7 +95,7 @@ DAMAGED = {
     "a memo of gibibytes": b"Nr\xff\xff\xff\x7f.",
     "an array of another type": b"cnumpy\ndtype\n(U\x04V999\x89\x88tR.",
     "a state of no array": RECONSTRUCT + b"]b.",
-    "a persistent id": b"Pid\n.",
+    "a tuple as deep as the stack": b"}()" + b"\x85" * 10**6 + b"Nu.",
     "a doubling list": b"]\x94" + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(200)) + b".",
     "a list in itself": b"]\x94h\0a.",
     "a tensor": pickle.dumps(torch.zeros(2)),
