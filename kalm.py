@@ -64,8 +64,8 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "episodes": 6, "episode_steps": 10,
     },
     "quick": {
-        "train_goals": 1500, "novel_goals": 40, "starts_per_goal": 8, "step_starts": 12,
-        "temperatures": "1,1", "rl_steps": 4000, "seeds": 1, "episodes": 50,
+        "train_goals": 1200, "novel_goals": 40, "starts_per_goal": 6, "step_starts": 10,
+        "temperatures": "1,1", "rl_steps": 3000, "seeds": 1, "episodes": 50,
         "methods": "bc,bc+relabel,bc+kalm,llm", "adapter": "released",
     },
     "cpu": {"adapter": "released"},
