@@ -161,10 +161,8 @@ def collect(run: Run, settings: CollectArguments, work: Path) -> None:
         kept = [record for record in records if record["success"]]
         if not kept:
             raise ValueError(f"the expert of {world.name} succeeds in none of {len(records)} goals")
-        actions = np.mean([len(record["actions"]) for record in kept])
-        print(
-            f"  {len(kept)} of {len(records)} expert rollouts succeed, {actions:.1f} actions each"
-        )
+        mean = np.mean([len(record["actions"]) for record in kept])
+        print(f"  {len(kept)} of {len(records)} expert rollouts succeed, {mean:.1f} actions each")
     write_rollouts(run.folder / "rollouts" / "real", kept)
 
 
@@ -197,10 +195,11 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
         metrics["log"] += [{**entry, "step": before + entry["step"]} for entry in losses]
     if not PartialState().is_main_process:
         return
-    if settings.trains or settings.adapter == "none" or own_data:
+    is_measured = settings.trains or settings.adapter == "none" or own_data
+    if is_measured:
         metrics = {**measured(run, model, tokenizer, held_out), "log": metrics["log"]}
     shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name != "log"]
-    print(f"  held-out rollouts: {', '.join(shown)}")
+    print(f"  {'' if is_measured else 'the adapter on its '}held-out rollouts: {', '.join(shown)}")
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     facts = {
         "llm": run.llm, "world": run.world.name, "data": own_data, "seed": run.seed, "steps": steps,
