@@ -195,7 +195,7 @@ def test_help_fits_two_screens_and_shows_every_setting_of_ours_by_scale(
     for each, name in OURS:
         text = "".join(each.__dataclass_fields__[name].metadata["help"].split())
         assert f"--{name}{text}(" in words, name
-    assert "--rl_stepsgradientstepsofofflineRL(60/4000/16000/30000/500000)" in words
+    assert "--rl_stepsgradientstepsofofflineRL(60/3000/16000/30000/500000)" in words
     assert "released,afolder,ornone(none/released/released/none)" in words
     assert "All other settings of transformers.TrainingArguments are accepted" in shown
 
