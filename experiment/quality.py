@@ -52,7 +52,8 @@ def rollout_figures(world: env.World, records: Sequence[dict]) -> dict[str, floa
     figures |= world.plausibility(obs, nexts)
     if records[0].get("explanation") is not None:
         fits = [world.explanation_fits(r["goal"], r["explanation"]) for r in records]
-        figures["explained"] = np.mean(fits)
+        fits = np.array(fits)
+        figures["explained"] = fits.mean()
         if judged.any():
             figures["match_of_explained"] = mean_or_zero(match[fits & judged])
         errors = [record["dynamics_error"] for record in records]
