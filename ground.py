@@ -12,6 +12,8 @@ This file knows no policies and no particular world: sentences come from the wor
 
 import collections
 import copy
+import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import env
 from data import finite
-from data.grounded import adapter_hashes
+from data.grounded import adapter_hash
 from experiment.logs import LogLines, last_checkpoint
 from experiment.settings import absolute, at_least, setting
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT, KalmForRollouts
@@ -43,6 +45,10 @@ class GroundingArguments(transformers.TrainingArguments):
     fresh_layers: int = setting(0, "so many of them, the last, start from random weights")
     random_weights: bool = setting(False, "forget the LLM's pre-trained weights first")
     lora_rank: int = setting(64, "of the LoRA adapters to tune; 0: tune all weights")
+    lora_alpha: int = setting(0, "alpha / rank scales what LoRA adds; 0: twice the rank")
+    lora_dropout: float = setting(0.0, "of the adapters' inputs")
+    lora_targets: str = setting("all-linear", "which layers get adapters: names with commas")
+    load_in_4bit: bool = setting(False, "the LLM under LoRA in 4 bits (needs bitsandbytes)")
     adapter: str = setting("none", "trained one to start from: released, a folder, or none")
     tasks: str = setting(",".join(TASKS[:4]), "to train on, of: " + ",".join(TASKS))
     renamed_copies: int = setting(1, "times the data come in a pass, then under a symmetry")
@@ -72,7 +78,7 @@ class GroundingArguments(transformers.TrainingArguments):
         self.run_name = self.run_name or "grounding"
         self.adapter = absolute(self.adapter, "none", "released")
         self.remove_unused_columns = False  # examples are what the model takes
-        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         at_least(0, self, "keep_layers", "fresh_layers", "lora_rank", "num_train_epochs", "seed")
         at_least(0, self, "learning_rate", "new_learning_rate", "embedding_scale")
@@ -86,6 +92,10 @@ class GroundingArguments(transformers.TrainingArguments):
                 "an adapter adds to what the LLM knows; with --fresh_layers or --random_weights "
                 "give --lora_rank 0 and --adapter none"
             )
+        if self.load_in_4bit and not self.adds_lora:
+            raise ValueError("--load_in_4bit needs LoRA beside the weights: --lora_rank 64, say")
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("--load_in_4bit needs the package: pip install bitsandbytes")
         inside = Path(self.output_dir).resolve() / "grounded"
         if Path(self.adapter).resolve().is_relative_to(inside):
             replaced = f"--adapter {self.adapter}: ground would replace {inside}"
@@ -97,6 +107,11 @@ class GroundingArguments(transformers.TrainingArguments):
         return self.tasks.split(",")
 
     @property
+    def adds_lora(self) -> bool:
+        """Whether the LLM's own weights stay as they are, with adapters beside them."""
+        return self.lora_rank > 0 or self.adapter != "none"
+
+    @property
     def trains(self) -> bool:
         """Whether there is training to do."""
         return self.max_steps > 0 or self.num_train_epochs > 0
@@ -104,7 +119,7 @@ class GroundingArguments(transformers.TrainingArguments):
     def recorded(self) -> dict:
         """What the result follows from: without training, where the model came from alone."""
         if not self.trains and self.adapter != "none":
-            names = ("adapter", "keep_layers", "max_steps", "num_train_epochs")
+            names = ("adapter", "keep_layers", "max_steps", "num_train_epochs", "load_in_4bit")
             return {name: getattr(self, name) for name in names}
         values = self.to_dict()
         del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]  # says nothing
@@ -113,12 +128,12 @@ class GroundingArguments(transformers.TrainingArguments):
 
     def inputs(self) -> dict[str, list[str]]:
         """An adapter counts by its weights."""
-        return {"adapter": adapter_hashes(self.adapter)} if self.adapter != "none" else {}
+        return {"adapter": adapter_hash(self.adapter)} if self.adapter != "none" else {}
 
 
 # What the result follows from; other settings say where and how to compute, save and show.
-TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank adapter tasks
-renamed_copies embedding_scale learning_rate new_learning_rate max_steps num_train_epochs
+TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank lora_alpha lora_dropout
+lora_targets load_in_4bit adapter tasks renamed_copies embedding_scale learning_rate new_learning_rate max_steps num_train_epochs
 lr_scheduler_type lr_scheduler_kwargs warmup_steps per_device_train_batch_size optim
 gradient_accumulation_steps optim_args optim_target_modules weight_decay adam_beta1 adam_beta2
 adam_epsilon max_grad_norm neftune_noise_alpha dataloader_drop_last auto_find_batch_size""".split()
@@ -358,6 +373,12 @@ class GroundingTrainer(transformers.Trainer):
 
     def __init__(self, *args, world: env.World, held_out: Sequence[dict], **kwargs):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # FSDP would round the states, which are its input too, as it rounds weights.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, cast_forward_inputs=False
+            )
         self.world = world
         self.held_out = held_out
         self.loss_parts = collections.defaultdict(list)
@@ -384,7 +405,8 @@ class GroundingTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):  # noqa: ANN201
         """The model's own loss; its parts are kept for the log."""
-        output = model(**inputs)
+        with self.accelerator.autocast():  # FSDP's own rounds weights alone
+            output = model(**inputs)
 
         def tasks_of(row):
             here = inputs["modality"][row] != PAD

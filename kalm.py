@@ -28,6 +28,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -36,7 +37,7 @@ import env
 import ground
 import rl
 import rollout
-from data import formats, grounded, minari_io
+from data import formats, grounded, llm, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, logs, report
@@ -174,32 +175,30 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
     """The LLM, fine-tuned on the real rollouts or with an adapter added -> grounded/."""
     real, held_out = run.real_rollouts()
     own_data = run.recorded("collect")["data"]
-    language_model, tokenizer = run.load_llm(settings.keep_layers)
+    dtype = run.dtype if settings.adds_lora else torch.float32  # what is trained stays float32
+    options = {"dtype": dtype, "in_4bit": settings.load_in_4bit}
+    language_model, tokenizer = run.load_llm(settings.keep_layers, **options)
     metrics = {"log": []}
     if settings.adapter != "none":
         adapter = grounded.adapter_folder(settings.adapter)
-        model = KalmForRollouts.from_adapter(language_model, adapter)
+        model = KalmForRollouts.from_pretrained(adapter, llm=language_model)
         metrics = folder.read_json(adapter / "metrics.json")
         run.say(f"  with the adapter in {adapter}; --adapter none trains one instead")
     else:
         statistics = grounded.observation_statistics(real, run.world.objects)
         model = grounded.wrap_llm(language_model, run.world, statistics, settings)
+    model.config.base = llm.describe(run.llm, settings.keep_layers, run.seed)
     steps = 0
     if settings.trains:
         log_path = run.folder / "logs" / "grounding.jsonl"
         log = ground.train(model, tokenizer, run.world, real, held_out, settings, work, log_path)
-        model = grounded.gathered(model)
         steps = log[-1]["step"]
         before = metrics["log"][-1]["step"] if metrics["log"] else 0
         losses = [entry for entry in log if "loss" in entry]
         metrics["log"] += [{**entry, "step": before + entry["step"]} for entry in losses]
+    weights = grounded.weights_of(model)
     if not PartialState().is_main_process:
         return
-    is_measured = settings.trains or settings.adapter == "none" or own_data
-    if is_measured:
-        metrics = {**measured(run, model, tokenizer, held_out), "log": metrics["log"]}
-    shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name != "log"]
-    print(f"  {'' if is_measured else 'the adapter on its '}held-out rollouts: {', '.join(shown)}")
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     facts = {
         "llm": run.llm, "world": run.world.name, "data": own_data, "seed": run.seed, "steps": steps,
@@ -207,7 +206,17 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
         "adapter": None if settings.adapter == "none" else settings.adapter, **model.facts(),
     }  # fmt: skip
     with folder.replacing(run.folder / "grounded") as aside:
-        grounded.save_grounded(aside, model, tokenizer, metrics, with_adapter=settings.trains)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        is_measured = settings.trains or settings.adapter == "none" or own_data
+        if is_measured:
+            if grounded.is_sharded(model):
+                model, _ = grounded.load_grounded(aside, run.world, run.dtype)
+            metrics = {**measured(run, model, tokenizer, held_out), "log": metrics["log"]}
+        shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name != "log"]
+        whose = "" if is_measured else "the adapter on its "
+        print(f"  {whose}held-out rollouts: {', '.join(shown)}")
+        folder.write_json(aside / "metrics.json", metrics)
         card.write_card(aside, facts, metrics)
     if settings.push_to_hub:
         grounded.upload(run.folder / "grounded", settings)
@@ -282,7 +291,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     encoder = run.load_encoder(settings.encoder, settings.encoder_layers)
     table = rl.GoalTable.encode(trained_texts, others, *encoder)
     buffer = rl.Buffer(real, table, state.device)
-    config = settings.config(run.world.observation_scale, run.bf16)
+    config = settings.config(run.world.observation_scale, run.dtype == torch.bfloat16)
     seeds = [run.seed + number for number in range(settings.seeds)]
     methods = settings.learned_methods
     curves = []
@@ -416,7 +425,7 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
 # The command
 
 IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard", "quality.json")
-OF_RUN = ("seed", "env", "world_file", "llm")
+OF_RUN = ("seed", "env", "world_file", "llm", "llm_weights")
 STAGES = {  # function, what it reads and writes, settings of the run that it follows from
     "collect": Stage(collect, (), ("rollouts/real",)),
     "ground": Stage(ground_llm, ("collect",), ("grounded",), OF_RUN),
@@ -475,13 +484,14 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     imagining.novel_goals_of(world, seed)
     of_stages = dict(zip(STAGES, (*found[1:], acting)))
     of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
-    of_run["world_file"] = command.world_file_hash(shared.env)
+    of_run |= command.hashes(shared)
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
     command.check(shared, grounding, imagining, learning)
     if collecting.data and "collect" in plan.names:
         formats.read_offline(collecting.data, world, seed)
-    run = Run(manifest.run, world, shared.llm, seed, grounding.bf16, [*grounding.report_to])
+    dtype = command.dtype_of(grounding)
+    run = Run(manifest.run, world, shared.llm, seed, dtype, [*grounding.report_to])
     todo = plan.to_do()
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
     run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))

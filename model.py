@@ -7,12 +7,11 @@ section 4.1). This file knows dimensions but no world, no goals and no files of 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,7 +21,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
+
+from data import llm as llm_source
 
 PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # modality of a position
 SEGMENTS = 1024  # at most so many segments in an example
@@ -44,7 +45,10 @@ class KalmConfig(PreTrainedConfig):
     frequencies: of the sines and cosines that each normalised number of a state enters as, beside
     itself.
     embedding_rms: root mean square that state and action embeddings start with.
-    lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on all its linear layers.
+    lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on its linear layers:
+    lora_targets names these with commas ("all-linear": all but the output), lora_alpha / lora_rank
+    scales what they add, lora_dropout is the rate at which training drops their inputs.
+    base: the language model that adapters belong to, as `data.llm.describe` gives it.
     """
 
     model_type = "kalm"
@@ -63,6 +67,10 @@ class KalmConfig(PreTrainedConfig):
         embedding_rms=0.02,
         head_width=512,
         lora_rank=0,
+        lora_alpha=0,
+        lora_dropout=0.0,
+        lora_targets="all-linear",
+        base=None,
         **kwargs,
     ):
         if isinstance(backbone_config, dict):
@@ -78,6 +86,10 @@ class KalmConfig(PreTrainedConfig):
         self.embedding_rms = embedding_rms
         self.head_width = head_width
         self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha or 2 * lora_rank
+        self.lora_dropout = lora_dropout
+        self.lora_targets = lora_targets
+        self.base = base
         super().__init__(**kwargs)
 
     @property
@@ -131,6 +143,11 @@ def weighted_sum(losses: dict[str, Tensor]) -> Tensor:
     return sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
 
 
+def matching(layers: nn.Module, numbers: Tensor) -> Tensor:
+    """Numbers in the type of the weights of layers that they enter."""
+    return numbers.to(next(layers.parameters()).dtype)
+
+
 def mean_or_zero(losses: Tensor) -> Tensor:
     """Mean of losses (N,) that is 0, with a gradient of 0, where there is nothing to average."""
     return losses.sum() / max(len(losses), 1)
@@ -163,9 +180,17 @@ class KalmForRollouts(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: KalmConfig):
+    def __init__(self, config: KalmConfig, backbone: PreTrainedModel | None = None):
+        """backbone: a causal LM to adopt as it is; None: one of the configuration, with new
+        weights.
+        """
         super().__init__(config)
-        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        else:
+            for module in backbone.modules():
+                module._is_hf_initialized = True  # or post_init would start its weights anew
+        self.backbone = backbone
         hidden = config.hidden_size
         width = config.head_width
         features = config.observation_dim * (1 + 2 * len(config.frequencies))
@@ -187,23 +212,26 @@ class KalmForRollouts(PreTrainedModel):
         self.action_head = nn.Sequential(
             nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, config.num_actions)
         )
-        for name in ("observation_mean", "observation_std", "change_std"):
+        for name in STATISTICS:  # the configuration keeps them
             statistic = torch.tensor(getattr(config, name), dtype=torch.float32)
-            self.register_buffer(name, statistic)
+            self.register_buffer(name, statistic, persistent=False)
         self.post_init()
-        if (
-            config.lora_rank
-        ):  # after post_init, which would start the adapters anew: they begin as no change at all
-            inject_adapter_in_model(lora_config(config.lora_rank), self.backbone)
+        if config.lora_rank:  # after post_init: adapters begin as no change at all
+            inject_adapter_in_model(lora_config(config), self.backbone)
+            for name, parameter in self.backbone.named_parameters():
+                if ".lora_" in name:  # float32, whatever the weights that they add to
+                    parameter.data = parameter.data.float()
 
     def _init_weights(self, module):
         """New layers only: torch's own start, and embeddings that start at `embedding_rms`."""
         rms = self.config.embedding_rms
-        if module is self.action_embedding:
+        if module is self:
+            for name in STATISTICS:  # lost where transformers builds a model without memory first
+                getattr(self, name).copy_(torch.tensor(getattr(self.config, name)))
+        elif module is self.action_embedding:
             nn.init.normal_(module.weight, std=rms)
-        elif (
-            module is self.state_embedding[2]
-        ):  # its input layer came before, so a sample shows the scale to correct
+        elif module is self.state_embedding[2]:
+            # Its input layer came before, so a sample shows the scale to correct.
             module.reset_parameters()
             generator = torch.Generator().manual_seed(0)
             sample = torch.randn(256, self.config.observation_dim, generator=generator)
@@ -213,13 +241,15 @@ class KalmForRollouts(PreTrainedModel):
             module.bias.mul_(rms / scale)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
-            if (
-                module is self.state_head[0]
-            ):  # begins with the view, and learns what the hidden state adds
+            if module is self.state_head[0]:
+                # Begins with the view alone, and learns what the hidden state adds.
                 module.weight[:, : self.config.hidden_size] = 0
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
 
     def new_parameters(self) -> list[str]:
         """Names of the parameters that grounding adds: all outside of the backbone, and LoRA's
@@ -251,7 +281,7 @@ class KalmForRollouts(PreTrainedModel):
         tokens = self.get_input_embeddings()(input_ids.where(modality == TEXT, 0))
         actions = self.action_embedding(input_ids.where(modality == ACTION, 0))
         normalised = (states - self.observation_mean) / self.observation_std
-        seen = self.state_embedding(self.waves(normalised))
+        seen = self.state_embedding(matching(self.state_embedding, self.waves(normalised)))
         embedded = torch.where(is_action, actions.to(tokens.dtype), tokens)
         return torch.where(is_state, seen.to(tokens.dtype), embedded)
 
@@ -296,9 +326,8 @@ class KalmForRollouts(PreTrainedModel):
         hidden = out.last_hidden_state
         result = KalmOutput(cache=out.cache if use_cache else None)
         if text_logits != 0:
-            shown = hidden[:, -text_logits:] if text_logits else hidden
-            result.logits = self.backbone.get_output_embeddings()(shown)
-        result.action_logits = self.action_head(hidden)
+            result.logits = self.word_logits(hidden[:, -text_logits:] if text_logits else hidden)
+        result.action_logits = self.action_head(matching(self.action_head, hidden))
 
         # The state head is asked only where a next state is wanted: it is wider than the others.
         if predict is None:
@@ -315,6 +344,11 @@ class KalmForRollouts(PreTrainedModel):
             self._add_losses(result, hidden, change, input_ids, modality, states, predict, task)
         return result
 
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of the next token from hidden states (..., hidden)."""
+        head = self.get_output_embeddings()
+        return head(matching(head, hidden))
+
     # The state head: physics is the same for every object, so it need not be learned for each
 
     def predict_change(
@@ -327,7 +361,8 @@ class KalmForRollouts(PreTrainedModel):
         """
         order = self.order_from_acted(input_ids, is_action, states)
         view = self.acted_view(input_ids, is_action, states, order)
-        change = self.state_head(torch.cat([hidden, view.to(hidden.dtype)], -1))
+        features = torch.cat([hidden, view.to(hidden.dtype)], -1)
+        change = self.state_head(matching(self.state_head, features))
         change = change.unflatten(-1, (self.config.objects, -1))
         back_in_place = order.argsort(-1)[..., None]
         return change.take_along_dim(back_in_place, -2).flatten(-2).float()
@@ -374,7 +409,7 @@ class KalmForRollouts(PreTrainedModel):
             predicted[name] = ahead.nonzero(as_tuple=True)
         text, action, state = (predicted[name] for name in ("text", "action", "state"))
         next_ids = input_ids[:, 1:]
-        text_logits = self.backbone.get_output_embeddings()(hidden[:, :-1][text])
+        text_logits = self.word_logits(hidden[:, :-1][text])
         action_logits = result.action_logits[:, :-1][action]
         true_change = (states[:, 1:][state] - states[:, :-1][state]) / self.change_std
         error = true_change - change[:, :-1][state]
@@ -390,88 +425,80 @@ class KalmForRollouts(PreTrainedModel):
             tasks = {name: task[:, 1:][where] for name, where in predicted.items()}
             result.task_losses = task_losses(losses, tasks)
 
-    # Around an LLM, and as an adapter of it
+    # Around an LLM, and on disk
 
     @classmethod
-    def from_llm(cls, llm, embedding_scale: float = 1.0, seed: int = 0, **config):
-        """Wrap a causal LM that transformers has loaded. config: fields of KalmConfig.
+    def from_llm(cls, llm: PreTrainedModel, embedding_scale: float = 1.0, seed: int = 0, **config):
+        """Adopt a causal LM that transformers has loaded. config: fields of KalmConfig.
 
         New embeddings start at embedding_scale times the root mean square of the token embeddings.
         """
         torch.manual_seed(seed)
-        tokens = llm.get_input_embeddings().weight.detach().float()
-        rms = embedding_scale * tokens.square().mean().sqrt().item()
-        backbone = {
-            **llm.config.to_dict(),
-            "_name_or_path": "",
-        }  # a folder of this machine is no part of it
-        model = cls(KalmConfig(backbone_config=backbone, embedding_rms=rms, **config))
-        model._copy_backbone(llm)
-        return model
+        tokens = llm.get_input_embeddings().weight.detach()
+        rms = embedding_scale * tokens.square().mean(dtype=torch.float32).sqrt().item()
+        backbone = llm.config.to_dict()
+        backbone["_name_or_path"] = ""  # a folder of this machine is no part of it
+        backbone.pop("quantization_config", None)  # nor is how it was loaded
+        config = KalmConfig(backbone_config=backbone, embedding_rms=rms, **config)
+        return cls(config, backbone=llm)
 
     @classmethod
-    def from_adapter(cls, llm, folder: str | Path):
-        """A causal LM with the layers and LoRA that `save_adapter` wrote. Raises ValueError if they
-        do not fit it.
+    def from_pretrained(cls, folder, *args, llm: PreTrainedModel | None = None, **kwargs):
+        """As transformers does. Where LoRA was trained, the folder has its weights and the new
+        layers alone: they are put on `llm`, or on the LLM that they were trained on, which must
+        still be where it was.
+
+        Raises ValueError for an LLM that is gone or another, and for weights that do not fit.
         """
-        folder = Path(folder)
-        model = cls(KalmConfig.from_pretrained(folder))
+        config = kwargs.get("config") or KalmConfig.from_pretrained(folder)
+        if not config.lora_rank:
+            return super().from_pretrained(folder, *args, **kwargs)
+        if llm is None:
+            dtype = kwargs.get("dtype")
+            options = {"dtype": dtype if isinstance(dtype, torch.dtype) else torch.float32}
+            options["in_4bit"] = kwargs.get("in_4bit", False)
+            llm = llm_source.load_described(config.base, config.backbone_config, **options)
         for name in SHAPES:
-            theirs = getattr(model.config.backbone_config.get_text_config(), name, None)
+            theirs = getattr(config.backbone_config.get_text_config(), name, None)
             ours = getattr(llm.config.get_text_config(), name, None)
             if theirs != ours:
                 made_for = f"{folder} was made for a language model with {name} {theirs}"
                 raise ValueError(f"{made_for}, and this one has {ours}")
-        model._copy_backbone(llm)
-        tensors = load_file(folder / "new_layers.safetensors")
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-            name = name.removeprefix(_PEFT_PREFIX).replace(".weight", ".default.weight")
-            tensors["backbone." + name] = tensor
-        different = set(tensors) ^ set(model.new_parameters())
+        model = cls(config, backbone=llm)
+        weights = load_file(cached_file(folder, "model.safetensors"))
+        different = set(weights) ^ set(model.new_parameters())
         if different:
             raise ValueError(f"{folder}: the tensor {min(different)} is missing or unknown")
-        model.load_state_dict(tensors, strict=False)
-        return model
+        model.load_state_dict(weights, strict=False)
+        return model.eval()
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """What grounding added to the LLM, as bfloat16: LoRA as peft stores it, the new layers, the
-        configuration.
+    def save_pretrained(self, folder, state_dict: dict | None = None, **kwargs) -> None:
+        """As transformers does, but under our own names, which the Trainer's resume relies on; with
+        LoRA, what was trained alone.
         """
-        folder = Path(folder)
-        parameters = dict(self.named_parameters())
-        adapter = {}
-        new_layers = {}
-        for name in self.new_parameters():
-            tensor = parameters[name].detach().to("cpu", torch.bfloat16).contiguous()
-            if name.startswith("backbone."):
-                name = name.removeprefix("backbone.").replace(".default.", ".")
-                adapter[_PEFT_PREFIX + name] = tensor
-            else:
-                new_layers[name] = tensor
-        save_file(new_layers, folder / "new_layers.safetensors")
-        save_file(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
-        lora_config(self.config.lora_rank).save_pretrained(folder)
-        self.config.save_pretrained(folder)
-
-    def merge_adapters(self) -> "KalmForRollouts":
-        """Add LoRA's products to the weights they adapt, in place: the same function, faster.
-        Returns self.
-        """
-        for module in self.backbone.modules():
-            if hasattr(module, "lora_A"):
-                module.merge()
-        return self
+        if self.config.lora_rank:
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: weights[name] for name in self.new_parameters()}
+        options = {"state_dict": state_dict, "save_original_format": False, **kwargs}
+        super().save_pretrained(folder, **options)
 
     @torch.no_grad()
-    def _copy_backbone(self, llm):
-        weights = llm.state_dict()
-        for name, parameter in self.backbone.state_dict().items():
-            if ".lora_" not in name:
-                parameter.copy_(weights[name.replace(".base_layer", "")])
+    def merge_adapters(self) -> "KalmForRollouts":
+        """Make LoRA's products part of the weights that they adapt, in place: the same function
+        without LoRA, faster. Returns self.
+        """
+        for name, module in [*self.backbone.named_modules()]:
+            if hasattr(module, "lora_A"):
+                weight = module.base_layer.weight
+                product = module.get_delta_weight("default")  # float32: rounded once, in the sum
+                weight.copy_(weight.float() + product)
+                self.backbone.set_submodule(name, module.base_layer)
+        self.config.lora_rank = 0
+        return self
 
 
-_PEFT_PREFIX = "base_model.model."
-SHAPES = (  # what an LLM and an adapter of it have in common
+STATISTICS = ("observation_mean", "observation_std", "change_std")
+SHAPES = (  # what an LLM and what was trained on it have in common
     "model_type",
     "hidden_size",
     "intermediate_size",
@@ -481,10 +508,15 @@ SHAPES = (  # what an LLM and an adapter of it have in common
 )
 
 
-def lora_config(rank: int) -> LoraConfig:
-    """peft's configuration of the low-rank adapters: on all linear layers but the output."""
+def lora_config(config: KalmConfig) -> LoraConfig:
+    """peft's configuration of the low-rank adapters."""
+    targets = config.lora_targets
     return LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
     )
 
 

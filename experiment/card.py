@@ -59,6 +59,5 @@ def write_card(folder: Path, facts: dict, metrics: dict) -> None:
         template_path=TEMPLATE,
         **{**facts, **names},
         figures=figures_in_words(metrics),
-        has_adapter_folder=(folder / "adapter").is_dir(),
     )
     card.save(folder / "README.md")

@@ -74,7 +74,9 @@ def defaults_of(scales: Mapping[str, dict], given: Mapping[str, str]) -> dict:
         raise ValueError(f"unknown scale {scale!r}; scales are {', '.join(scales)}")
     defaults = {"scale": scale, **scales[scale]}
     language_model = given.get("llm", defaults.get("llm"))
-    defaults["bf16"] = language_model != llm.TINY and bf16_is_fast()
+    is_large = language_model != llm.TINY
+    defaults["bf16"] = is_large and bf16_is_fast()
+    defaults["fp16"] = is_large and torch.cuda.is_available() and not defaults["bf16"]
     if defaults.get("adapter") == "released":
         asks_for_training = {"data", "env", "llm", *TRAINING_SETTINGS} - {"adapter"} & set(given)
         names_it = "ground" in given.get("stage", "").split()
@@ -95,18 +97,33 @@ def has_trained(given: Mapping[str, str]) -> bool:
     return settings.get("adapter") == "none"
 
 
-def world_file_hash(world: str) -> str:
-    """SHA-256 of the file that a world is read from, "" for one in worlds/."""
-    path = Path(world.rpartition(":")[0])
-    return sha256(path) if path.suffix == ".py" else ""
+def hashes(run: RunArguments) -> dict[str, str]:
+    """Of the files that a command names its world and its language model by, "" where it names
+    none.
+    """
+    world = Path(run.env.rpartition(":")[0])
+    weights = Path(run.llm)
+    return {
+        "world_file": sha256(world) if world.suffix == ".py" else "",
+        "llm_weights": llm.fingerprint(run.llm) if weights.exists() else "",
+    }
+
+
+def dtype_of(ground: GroundingArguments) -> torch.dtype:
+    """What the language model computes in."""
+    if ground.bf16:
+        return torch.bfloat16
+    return torch.float16 if ground.fp16 else torch.float32
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32: GPUs since Ampere, CPUs with
-    AVX512-BF16 or AMX.
+    """Whether this machine multiplies bfloat16 faster than float32: GPUs since Ampere, Intel's,
+    CPUs with AVX512-BF16 or AMX.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type == "xpu"
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 

@@ -29,7 +29,7 @@ class Run:
     world: env.World
     llm: str  # the language model as the command names it
     seed: int
-    bf16: bool  # matrix products of the language model in bfloat16
+    dtype: torch.dtype  # of the language model's matrix products
     trackers: list[str]
 
     def rng(self, *numbers: int) -> np.random.Generator:
@@ -49,12 +49,13 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """The context in which the language model computes."""
-        return torch.autocast(PartialState().device.type, torch.bfloat16, enabled=self.bf16)
+        enabled = self.dtype != torch.float32
+        return torch.autocast(PartialState().device.type, self.dtype, enabled=enabled)
 
-    def load_llm(self, keep_layers: int) -> tuple[PreTrainedModel, Tokenizer]:
-        """The language model untouched, and its tokenizer."""
+    def load_llm(self, keep_layers: int, **options) -> tuple[PreTrainedModel, Tokenizer]:
+        """The language model untouched, and its tokenizer. options: dtype and in_4bit."""
         texts = [*self.world.vocabulary(), *PROMPTS.values()]
-        return llm.load(llm.resolve(self.llm), keep_layers, self.seed, texts)
+        return llm.load(llm.resolve(self.llm), keep_layers, self.seed, texts, **options)
 
     def load_encoder(self, name: str, layers: int) -> tuple[torch.nn.Module, Tokenizer]:
         """A frozen encoder of goal texts: layers of the language model for "llm", or another."""
@@ -68,8 +69,9 @@ class Run:
 
     def load_grounded(self) -> tuple[KalmForRollouts, Tokenizer]:
         """The grounded model on this process's device, and its tokenizer."""
+        in_4bit = self.recorded("ground")["load_in_4bit"]
         path = self.folder / "grounded"
-        model, tokenizer = grounded.load_grounded(path, self.world, self.bf16)
+        model, tokenizer = grounded.load_grounded(path, self.world, self.dtype, in_4bit)
         return model.to(PartialState().device), tokenizer
 
     # Rollouts and goals

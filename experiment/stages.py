@@ -164,7 +164,8 @@ def leave_records(plan: Plan, name: str) -> None:
     config.yaml, and these and the seconds of each in results.json.
     """
     run, done = plan.manifest.run, plan.manifest.stages
-    config = {name: value for name, value in plan.shared.items() if name != "world_file"}
+    hashes = ("world_file", "llm_weights")
+    config = {name: value for name, value in plan.shared.items() if name not in hashes}
     for record in done.values():
         config |= record["settings"]
     with folder.replacing(run / "config.yaml") as aside:

@@ -213,7 +213,7 @@ def default_model(merged=False):
     adapter, merged to imagine.
     """
     language_model, tokenizer = llm.load(llm.resolve("smollm2"), 6)
-    model = KalmForRollouts.from_adapter(language_model, grounded.RELEASED).eval()
+    model = KalmForRollouts.from_pretrained(grounded.RELEASED, llm=language_model)
     return model.merge_adapters() if merged else model, tokenizer
 
 

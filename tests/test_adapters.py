@@ -1,86 +1,137 @@
-"""Adapters: LoRA beside new layers, as the model saves and merges it and as peft reads it."""
+"""LoRA: what is trained, saved and merged, and how its language model is found again."""
 
-import peft
+import importlib.util
+
 import pytest
 import torch
 import transformers
 from conftest import tiny_llm
-from safetensors.torch import save_file
-from test_model import TINY_LLMS, hand_batch, outputs, tiny_model
+from safetensors.torch import load_file, save_file
+from test_model import TINY_LLMS, hand_batch, outputs
 
 import env
+from data import llm
 from model import KalmForRollouts
 
 
-def test_lora_adapters_save_and_load_and_are_all_that_trains_in_the_backbone(tmp_path):
-    model, batch = tiny_model("llama", lora_rank=2), hand_batch()
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    trained = [name for name in trained if name.startswith("backbone.")]
-    assert trained and all(".lora_" in name for name in trained)
-    assert set(trained) <= set(model.new_parameters())
-    model.save_pretrained(tmp_path)
-    again = KalmForRollouts.from_pretrained(tmp_path).eval()
-    assert all(map(torch.equal, outputs(model, batch), outputs(again, batch)))
-
-
-def with_adapter(seed):
-    """A grounded model whose LoRA has an effect, and the LLM that it was made from."""
-    language_model, _ = tiny_llm(env.make())
-    options = {"lora_rank": 3, "seed": seed, "observation_std": [0.3] * 10}
+def with_lora(language_model, seed=1, **options):
+    """A grounded model whose LoRA has an effect."""
+    options = {"lora_rank": 3, "seed": seed, "observation_std": [0.3] * 10, **options}
     model = KalmForRollouts.from_llm(language_model, **options).eval()
     torch.manual_seed(seed)
     new_names = model.new_parameters()
-    for name, p in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if name in new_names:
-            torch.nn.init.normal_(p, std=0.1)
-            p.data = p.data.bfloat16().float()
-    return model, language_model
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
-def test_merged_adapters_are_the_same_function():
-    model, language_model = with_adapter(1)
+@pytest.fixture
+def llm_folder(tmp_path):
+    """A language model as a folder."""
+    model, tokenizer = tiny_llm(env.make(), seed=4)
+    model.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+def saved(folder, language_model, **options):
+    """A model whose folder says which LLM it belongs to, and the folder."""
+    model = with_lora(language_model, **options)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_lora_is_all_that_trains_in_the_backbone_with_the_rank_and_layers_asked_for():
+    model = with_lora(tiny_llm(env.make())[0], lora_targets="q_proj,up_proj", lora_alpha=9)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = {name for name in trained if name.startswith("backbone.")}
+    assert trained == {name for name in model.new_parameters() if name.startswith("backbone.")}
+    assert {name.split(".")[5] for name in trained} == {"q_proj", "up_proj"}
+    layer = model.backbone.base_model.layers[0].self_attn.q_proj
+    assert layer.lora_A.default.weight.shape[0] == 3 and layer.scaling["default"] == 9 / 3
+
+
+@pytest.mark.parametrize("name", ("llama", "gpt2", "gemma3"))
+def test_merged_lora_is_the_same_function_and_leaves_no_trace(tmp_path, name):
+    torch.manual_seed(0)
+    language_model = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
+    model = with_lora(language_model)
     before = outputs(model, hand_batch())
-    adapted = [m for m in model.merge_adapters().modules() if hasattr(m, "lora_A")]
-    assert adapted and all(module.merged for module in adapted)
+    assert not [m for m in model.merge_adapters().modules() if hasattr(m, "lora_A")]
     for a, b in zip(before, outputs(model, hand_batch())):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert KalmForRollouts.from_llm(language_model).merge_adapters()  # nothing to merge is no error
+    assert model.merge_adapters() is model  # nothing to merge is no error
+    model.save_pretrained(tmp_path)
+    again = KalmForRollouts.from_pretrained(tmp_path).eval()
+    assert all(map(torch.equal, outputs(model, hand_batch()), outputs(again, hand_batch())))
 
 
-def test_an_adapter_is_all_that_grounding_added(tmp_path):
-    model, language_model = with_adapter(1)
-    model.save_adapter(tmp_path)
-    again, batch = KalmForRollouts.from_adapter(language_model, tmp_path).eval(), hand_batch()
+def test_a_folder_holds_what_was_trained_alone_and_finds_its_language_model(llm_folder, tmp_path):
+    base = llm.describe(str(llm_folder), 0, 0)
+    model = saved(tmp_path / "lora", llm.load(str(llm_folder))[0], base=base)
+    again, batch = KalmForRollouts.from_pretrained(tmp_path / "lora"), hand_batch()
     assert all(map(torch.equal, outputs(model, batch), outputs(again, batch)))
     new_names = model.new_parameters()
-    added = sum(p.numel() for name, p in model.named_parameters() if name in new_names)
-    written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert written < 2 * added + 20_000  # two bytes a number
+    trained = sum(p.numel() * 4 for name, p in model.named_parameters() if name in new_names)
+    assert (tmp_path / "lora" / "model.safetensors").stat().st_size < 1.01 * trained + 20_000
+    assert set(load_file(tmp_path / "lora" / "model.safetensors")) == set(new_names)
 
 
-def test_peft_loads_the_adapter_alone(tmp_path):
-    model, language_model = with_adapter(2)
-    model.save_adapter(tmp_path)
-    ids = torch.arange(12).reshape(2, 6)
-    with torch.no_grad():
-        expected = model.backbone(input_ids=ids).logits
-        plain = language_model.eval()(input_ids=ids).logits
-        adapter = peft.PeftModel.from_pretrained(language_model, tmp_path).eval()
-        adapted = adapter(input_ids=ids).logits
-    torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
-    assert (adapted - plain).abs().max() > 0.1
+def test_a_language_model_that_is_gone_or_has_changed_is_said(llm_folder, tmp_path):
+    base = llm.describe(str(llm_folder), 0, 0)
+    saved(tmp_path / "lora", llm.load(str(llm_folder))[0], base=base)
+    other = tiny_llm(env.make(), seed=5)[0]
+    other.save_pretrained(llm_folder)
+    with pytest.raises(ValueError, match=f"{llm_folder}, whose weights are others by now"):
+        KalmForRollouts.from_pretrained(tmp_path / "lora")
+    llm_folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"trained on {llm_folder}, which is needed with it"):
+        KalmForRollouts.from_pretrained(tmp_path / "lora")
+    moved, _ = llm.load(str(tmp_path / "elsewhere"))
+    assert KalmForRollouts.from_pretrained(tmp_path / "lora", llm=moved).backbone is moved
 
 
-def test_an_adapter_for_another_language_model_or_with_other_tensors_is_refused(tmp_path):
-    model, language_model = with_adapter(3)
-    model.save_adapter(tmp_path)
+def test_the_tiny_language_model_follows_from_what_the_folder_says(tmp_path):
+    language_model, _ = tiny_llm(env.make(), seed=6)
+    model = saved(tmp_path, language_model, base=llm.describe("tiny", 0, 6))
+    again = KalmForRollouts.from_pretrained(tmp_path)
+    assert all(map(torch.equal, outputs(model, hand_batch()), outputs(again, hand_batch())))
+
+
+def test_lora_of_another_language_model_or_with_other_tensors_is_refused(tmp_path):
+    language_model, _ = tiny_llm(env.make())
+    saved(tmp_path, language_model)
     other = transformers.AutoModelForCausalLM.from_config(TINY_LLMS["qwen2"]())
     with pytest.raises(ValueError, match="model_type llama, and this one has qwen2"):
-        KalmForRollouts.from_adapter(other, tmp_path)
-    (tmp_path / "new_layers.safetensors").unlink()
-    save_file({"state_head.0.bias": torch.zeros(512)}, tmp_path / "new_layers.safetensors")
+        KalmForRollouts.from_pretrained(tmp_path, llm=other)
+    save_file({"state_head.0.bias": torch.zeros(512)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is missing or unknown"):
-        KalmForRollouts.from_adapter(language_model, tmp_path)
+        KalmForRollouts.from_pretrained(tmp_path, llm=tiny_llm(env.make())[0])
+
+
+def test_adapters_of_bfloat16_weights_are_float32_and_merge_with_one_rounding():
+    language_model = tiny_llm(env.make())[0].bfloat16()
+    model = with_lora(language_model)
+    layer = model.backbone.base_model.layers[1].mlp.down_proj
+    assert layer.lora_A.default.weight.dtype == torch.float32
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    exact = layer.base_layer.weight.double() + layer.scaling["default"] * (b.double() @ a.double())
+    model.merge_adapters()
+    merged = model.backbone.base_model.layers[1].mlp.down_proj.weight
+    torch.testing.assert_close(merged, exact.float().bfloat16(), rtol=2**-8, atol=0)
+    assert merged.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_language_model_in_4_bits_computes_nearly_the_same(llm_folder):
+    whole, _ = llm.load(str(llm_folder))
+    small, _ = llm.load(str(llm_folder), in_4bit=True, dtype=torch.bfloat16)
+    assert small.base_model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    models = [with_lora(language_model).eval() for language_model in (whole, small)]
+    assert models[1].get_input_embeddings().weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        exact, near = (outputs(model, hand_batch())[0].float() for model in models)
+    correlation = torch.corrcoef(torch.stack([exact.flatten(), near.flatten()]))[0, 1]
+    assert 0.9 < correlation < 0.99999

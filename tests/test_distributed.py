@@ -1,32 +1,103 @@
-"""Several processes: a training step, sharded or not, against one process; shipped settings."""
+"""Several processes: grounding against one process, whole and sharded; shipped settings."""
 
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT
+from conftest import ROOT, tiny_llm
 from safetensors.torch import load_file
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+STEPS = "--scale smoke --stage collect ground --max_steps 5 --logging_steps 1 --save_steps 2"
+STEPS += " --eval_strategy no --per_device_train_batch_size 4"
 
 
-def one_step(folder, way):
-    path, script = folder / way, ROOT / "tests" / "sharded_step.py"
-    command = [sys.executable, *(LAUNCHER if way != "alone" else ()), script, way, path]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    return load_file(path)
+def ground_in(run, *options, way=None, stop_at=0, stage=None):
+    """Five steps of grounding in a run's folder, on two processes or, without a way, one: its
+    exit code.
+
+    One process takes both processes' batches in turn before each step.
+    """
+    script = [ROOT / "tests" / "as_if_gpus.py", way or "ddp", stop_at]
+    command = [sys.executable, *(LAUNCHER if way else ()), *script, *STEPS.split()]
+    if way is None:
+        command += ["--gradient_accumulation_steps", "2"]
+    command += ["--output_dir", run, *options]
+    done = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", timeout=300)
+    if not stop_at:
+        assert done.returncode == 0, done.stderr
+    return done.returncode
 
 
-def test_a_step_on_two_processes_equals_one_processs(tmp_path):
-    alone = one_step(tmp_path, "alone")
-    assert alone["losses"][1] < alone["losses"][0] - 0.05
-    for way in ("ddp", "fsdp"):
-        torch.testing.assert_close(one_step(tmp_path, way), alone, rtol=1e-4, atol=1e-5)
+def losses(run):
+    """The loss of each step by modality."""
+    entries = map(json.loads, (run / "logs" / "grounding.jsonl").read_text().splitlines())
+    names = ("loss", "text_loss", "action_loss", "state_loss")
+    return [[entry[name] for name in names] for entry in entries if "loss" in entry]
+
+
+def weights(run):
+    return load_file(run / "grounded" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def llms(world, tmp_path_factory):
+    """Folders of tiny LLMs whose words' embeddings and output are one matrix, and two."""
+    folders = {}
+    for name in ("tied", "untied"):
+        language_model, tokenizer = tiny_llm(world)
+        config = language_model.config
+        config.tie_word_embeddings = name == "tied"
+        torch.manual_seed(3)
+        folders[name] = tmp_path_factory.mktemp(name)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way, embeddings, lora_rank",
+    [
+        ("ddp", "tied", 0),
+        ("ddp", "untied", 4),
+        ("fsdp", "tied", 0),
+        ("fsdp", "untied", 4),
+        ("sharded", "untied", 0),
+        ("sharded", "tied", 4),
+    ],
+)
+def test_two_processes_train_as_one_and_go_on_after_a_kill(
+    llms, tmp_path, way, embeddings, lora_rank
+):
+    options = ("--llm", llms[embeddings], "--lora_rank", lora_rank, "--keep_layers", 0)
+    alone, whole, killed = tmp_path / "alone", tmp_path / "whole", tmp_path / "killed"
+    ground_in(alone, *options)
+    ground_in(whole, *options, way=way)
+    assert ground_in(killed, *options, way=way, stop_at=4) != 0
+    ground_in(killed, *options, way=way)
+    assert len(losses(alone)) == 5 and losses(alone)[0][0] > losses(alone)[-1][0]
+    np.testing.assert_allclose(losses(whole), losses(alone), rtol=2e-3)
+    assert losses(killed) == losses(whole)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weight, weights(alone)[name], rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(weights(killed)[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("embeddings", ("tied", "untied"))
+def test_all_stages_pass_with_sharded_grounding(llms, tmp_path, embeddings):
+    options = ("--llm", llms[embeddings], "--keep_layers", 0, "--stage", "all", "--bf16", "true")
+    ground_in(tmp_path / "run", *options, way="fsdp")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["success"]["bc"]["offline"]["episodes"] == 12
 
 
 @pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp", "FSDP")])

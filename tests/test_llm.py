@@ -15,7 +15,6 @@ from test_model import TINY_LLMS
 
 import env
 import ground
-from data import grounded as grounded_models
 from data import llm
 from model import KalmForRollouts
 
@@ -64,7 +63,7 @@ def test_the_adapter_of_this_repository_is_small_and_fits_the_default_llm(world,
     folder = ROOT / "data" / "adapter"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
     language_model, tokenizer = llm.load(default_llm, keep_layers=6)
-    model = KalmForRollouts.from_adapter(language_model, folder).eval()
+    model = KalmForRollouts.from_pretrained(folder, llm=language_model)
     relations = (("red", "blue", "behind"),)
     goal = env.Goal("Push the red ball behind the blue ball.", "offline", "relation", relations)
     records = expert_rollouts(world, [goal] * 4, np.random.default_rng(0))
@@ -262,7 +261,6 @@ def test_a_folder_without_weights_and_a_config_of_nothing_known_are_refused(tmp_
 
 def test_a_grounded_model_is_refused_as_a_language_model(world, rollouts, tmp_path):
     model, tokenizer = new_model(world, rollouts)
-    (tmp_path / "grounded").mkdir()
-    grounded_models.save_grounded(tmp_path / "grounded", model, tokenizer, {}, False)
+    save(tmp_path / "grounded", model, tokenizer)
     with pytest.raises(ValueError, match="--goal_llm .*grounded: .*is a grounded model of ours"):
         llm.resolve(str(tmp_path / "grounded"), "--goal_llm")
