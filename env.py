@@ -369,6 +369,22 @@ def run_episodes(
     return records
 
 
+def expert_rollouts(
+    world: World, goals: Sequence[Goal], rng: np.random.Generator, max_steps: int, **options
+) -> list[dict]:
+    """An episode of the world's expert for each goal, from a start that does not fulfil it: records.
+
+    options: as `run_episodes` takes them.
+    """
+    encoded = world.encode_goals(goals)
+    states = unfulfilled_states(world, rng, goals)
+
+    def expert(obs, rows):
+        return world.expert_actions(encoded[rows], obs)
+
+    return run_episodes(world, expert, goals, states, max_steps, **options)
+
+
 def replay(plans: Sequence[Sequence[int]]) -> Policy:
     """A policy that plays fixed action sequences; past its end a plan repeats its last action."""
     played = np.zeros(len(plans), int)

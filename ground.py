@@ -71,6 +71,7 @@ class GroundingArguments(transformers.TrainingArguments):
     save_total_limit: int = setting(1, "checkpoints to keep; all go when grounding is done")
     report_to: str = setting("none", "trackers: tensorboard, wandb, trackio, ...")
     seed: int = setting(0, "of everything random")
+    ddp_timeout: int = setting(86400, "s that processes wait for one that works alone")
     ddp_find_unused_parameters: bool = setting(True, "a batch may lack a modality")
 
     def __post_init__(self):
@@ -80,6 +81,7 @@ class GroundingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # examples are what the model takes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # without a launcher one GPU works, not DataParallel
         at_least(0, self, "keep_layers", "fresh_layers", "lora_rank", "num_train_epochs", "seed")
         at_least(0, self, "learning_rate", "new_learning_rate", "embedding_scale")
         at_least(1, self, "per_device_train_batch_size", "renamed_copies")
@@ -133,10 +135,11 @@ class GroundingArguments(transformers.TrainingArguments):
 
 # What the result follows from; other settings say where and how to compute, save and show.
 TRAINING_SETTINGS = """keep_layers fresh_layers random_weights lora_rank lora_alpha lora_dropout
-lora_targets load_in_4bit adapter tasks renamed_copies embedding_scale learning_rate new_learning_rate max_steps num_train_epochs
-lr_scheduler_type lr_scheduler_kwargs warmup_steps per_device_train_batch_size optim
-gradient_accumulation_steps optim_args optim_target_modules weight_decay adam_beta1 adam_beta2
-adam_epsilon max_grad_norm neftune_noise_alpha dataloader_drop_last auto_find_batch_size""".split()
+lora_targets load_in_4bit adapter tasks renamed_copies embedding_scale learning_rate
+new_learning_rate max_steps num_train_epochs lr_scheduler_type lr_scheduler_kwargs warmup_steps
+per_device_train_batch_size optim gradient_accumulation_steps optim_args optim_target_modules
+weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha
+dataloader_drop_last auto_find_batch_size""".split()
 
 # ----------------------------------------------------------------------------------------------
 # Prompts
@@ -374,11 +377,12 @@ class GroundingTrainer(transformers.Trainer):
     def __init__(self, *args, world: env.World, held_out: Sequence[dict], **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
-            # FSDP would round the states, which are its input too, as it rounds weights.
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.mixed_precision_policy = dataclasses.replace(
-                plugin.mixed_precision_policy, cast_forward_inputs=False
-            )
+            if plugin.mixed_precision_policy:
+                # It would round the states, which are the model's input, as it rounds weights.
+                exact = {"cast_forward_inputs": False}
+                policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
+                plugin.mixed_precision_policy = policy
         self.world = world
         self.held_out = held_out
         self.loss_parts = collections.defaultdict(list)
@@ -431,7 +435,7 @@ class GroundingTrainer(transformers.Trainer):
         """Add the parts of the loss to an entry that has the loss."""
         if "loss" in logs:
             for name, values in self.loss_parts.items():
-                values = torch.stack(values)
+                values = self.accelerator.gather(torch.stack(values))
                 present = (values != 0).sum().clamp(min=1)  # 0: the batch has no such position
                 logs[name] = round((values.sum() / present).item(), 4)
             self.loss_parts.clear()

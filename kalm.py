@@ -40,7 +40,7 @@ import rollout
 from data import formats, grounded, llm, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
-from experiment import card, command, episode, logs, report
+from experiment import card, command, episode, logs, memory, report
 from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
@@ -151,14 +151,8 @@ def collect(run: Run, settings: CollectArguments, work: Path) -> None:
         goals = []
         for goal in world.sample_goals("offline", "train", settings.train_goals, rng):
             goals += [goal] * settings.rollouts_per_goal
-        encoded = world.encode_goals(goals)
-        states = env.unfulfilled_states(world, rng, goals)
-
-        def expert(obs, rows):
-            return world.expert_actions(encoded[rows], obs)
-
         steps = min(settings.expert_steps, world.max_steps)
-        records = env.run_episodes(world, expert, goals, states, steps, "collect")
+        records = env.expert_rollouts(world, goals, rng, steps, description="collect")
         kept = [record for record in records if record["success"]]
         if not kept:
             raise ValueError(f"the expert of {world.name} succeeds in none of {len(records)} goals")
@@ -496,6 +490,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
     run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))
     if shared.dry_run:
+        run.say(memory.in_words(run, grounding, imagining))
         return
     with folder.locked(run.folder, mine=PartialState().is_main_process):
         do(plan, run, todo, begins)

@@ -148,6 +148,11 @@ def matching(layers: nn.Module, numbers: Tensor) -> Tensor:
     return numbers.to(next(layers.parameters()).dtype)
 
 
+def root_mean_square(numbers: Tensor) -> float:
+    """Their size."""
+    return numbers.float().square().mean().sqrt().item()
+
+
 def mean_or_zero(losses: Tensor) -> Tensor:
     """Mean of losses (N,) that is 0, with a gradient of 0, where there is nothing to average."""
     return losses.sum() / max(len(losses), 1)
@@ -347,7 +352,12 @@ class KalmForRollouts(PreTrainedModel):
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of the next token from hidden states (..., hidden)."""
         head = self.get_output_embeddings()
-        return head(matching(head, hidden))
+        logits = head(matching(head, hidden))
+        text = self.config.backbone_config.get_text_config()
+        # What some LLMs do to their logits: Cohere, Granite, Gemma-2.
+        logits = logits * getattr(text, "logit_scale", 1) / getattr(text, "logits_scaling", 1)
+        cap = getattr(text, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     # The state head: physics is the same for every object, so it need not be learned for each
 
@@ -428,14 +438,17 @@ class KalmForRollouts(PreTrainedModel):
     # Around an LLM, and on disk
 
     @classmethod
+    @torch.no_grad()
     def from_llm(cls, llm: PreTrainedModel, embedding_scale: float = 1.0, seed: int = 0, **config):
         """Adopt a causal LM that transformers has loaded. config: fields of KalmConfig.
 
         New embeddings start at embedding_scale times the root mean square of the token embeddings.
         """
         torch.manual_seed(seed)
-        tokens = llm.get_input_embeddings().weight.detach()
-        rms = embedding_scale * tokens.square().mean(dtype=torch.float32).sqrt().item()
+        tokens = llm.get_input_embeddings()
+        some = torch.arange(64, device=llm.device)
+        scale = root_mean_square(tokens(some)) / root_mean_square(tokens.weight[some])  # Gemma's
+        rms = embedding_scale * scale * root_mean_square(tokens.weight)
         backbone = llm.config.to_dict()
         backbone["_name_or_path"] = ""  # a folder of this machine is no part of it
         backbone.pop("quantization_config", None)  # nor is how it was loaded

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import env
@@ -56,6 +56,15 @@ class Run:
         """The language model untouched, and its tokenizer. options: dtype and in_4bit."""
         texts = [*self.world.vocabulary(), *PROMPTS.values()]
         return llm.load(llm.resolve(self.llm), keep_layers, self.seed, texts, **options)
+
+    def llm_without_weights(self, keep_layers: int) -> tuple[PreTrainedConfig, Tokenizer]:
+        """The configuration of the language model, cut, and its tokenizer."""
+        name = llm.resolve(self.llm)
+        if name == llm.TINY:
+            model, tokenizer = self.load_llm(keep_layers)
+            return model.config, tokenizer
+        config = llm.cut(llm.read_config(name), keep_layers)
+        return config, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     def load_encoder(self, name: str, layers: int) -> tuple[torch.nn.Module, Tokenizer]:
         """A frozen encoder of goal texts: layers of the language model for "llm", or another."""

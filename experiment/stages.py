@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 
 from experiment import folder
 from experiment.folder import Manifest
@@ -145,6 +146,7 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
         transformers.set_seed(plan.shared["seed"])
         began = time.time()
         stage.function(run, plan.settings[name], work)
+        clear_device_cache(garbage_collection=True)  # models leave the device with their stage
         state.wait_for_everyone()
         seconds = round(earlier + time.time() - began, 1)
         if state.is_main_process:

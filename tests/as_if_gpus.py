@@ -1,4 +1,4 @@
-"""kalm.py in CPU processes that accelerate takes for GPUs, so that its real DDP and FSDP2 paths run:
+"""kalm.py in CPU processes that accelerate takes for GPUs, so that its DDP and FSDP2 paths run:
 `torchrun --nproc_per_node 2 tests/as_if_gpus.py WAY STOP_AT ARGUMENTS`, for test_distributed.py.
 
 WAY: ddp, fsdp or sharded, which is fsdp with checkpoints in shards. STOP_AT: the step of grounding
@@ -22,7 +22,6 @@ if way != "ddp":
         "FSDP_CPU_RAM_EFFICIENT_LOADING": os.environ.get("RAM_EFFICIENT", "false"),
     }
 
-import accelerate.state
 import torch
 from accelerate.state import DistributedType, PartialState
 

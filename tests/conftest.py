@@ -48,13 +48,7 @@ def world():
 
 def expert_rollouts(world, goals, rng):
     """One episode of the scripted expert for each relation goal, at most 20 actions."""
-    encoded = world.encode_goals(goals)
-    states = env.unfulfilled_states(world, rng, goals)
-
-    def expert(obs, rows):
-        return world.expert_actions(encoded[rows], obs)
-
-    return env.run_episodes(world, expert, goals, states, max_steps=20)
+    return env.expert_rollouts(world, goals, rng, max_steps=20)
 
 
 @pytest.fixture(scope="session")
