@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 VOCABULARY = 512
 NARROW = 64  # width of feed-forward layers and experts
 SHORT = 8  # positions that a sliding window reaches where it is shorter than an example
-LARGEST = 200e6  # parameters of a small LLM at most, to take seconds
+LARGEST = 100e6  # parameters of a small LLM at most, to take seconds
 WINDOWS = (
     "sliding_window",
     "sliding_window_size",
@@ -108,6 +108,8 @@ def one_layer_of_each_kind(config: PreTrainedConfig, fields: dict) -> list[int]:
     if len(kept) == 1:
         kept = [0, 1]
     config.num_hidden_layers = len(kept)
+    if hasattr(config, "decoder_layers"):  # of BART and its like
+        config.decoder_layers = len(kept)
     for name, value in by_layer.items():
         setattr(config, name, [value[layer] for layer in kept])
     return kept
@@ -128,5 +130,7 @@ def keep_few_heads(config: PreTrainedConfig) -> None:
             setattr(config, name, few_hidden)
     config.hidden_size = few_hidden
     config.num_attention_heads = few_heads
+    if hasattr(config, "decoder_attention_heads"):
+        config.decoder_attention_heads = few_heads
     if getattr(config, "num_key_value_heads", None):
         config.num_key_value_heads = few_groups

@@ -16,8 +16,15 @@ import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from data import llm as llm_source
 from data.small_llm import WINDOWS, small_model
@@ -163,9 +170,8 @@ def words() -> torch.Tensor:
     return torch.arange(3, 43)[None] * 7
 
 
-def begin_trial(config: PreTrainedConfig, length: int) -> Trial:
-    """Build a small LLM, wrap it, and run all rollouts alone."""
-    llm = small_model(AutoModelForCausalLM, config, length)
+def begin_trial(llm: PreTrainedModel) -> Trial:
+    """Wrap a small LLM, and run all rollouts alone."""
     own_logits = llm(input_ids=words()).logits
     sizes = {"observation_dim": OBSERVATION, "num_actions": ACTIONS, "objects": OBJECTS}
     model = KalmForRollouts.from_llm(llm, **sizes).eval()
@@ -303,9 +309,15 @@ def check_exact(config: PreTrainedConfig, length: int) -> None:
 
 def ask_all(config: PreTrainedConfig, length: int) -> None:
     """Raise ValueError at the first question whose answer is wrong, or an error."""
-    asked = "running it wrapped"
+    if is_recurrent(config):
+        raise ValueError(
+            "it has recurrent or convolution layers, which mix rollouts packed in a row"
+        )
+    asked = "making it small"
     try:
-        trial = begin_trial(config, length)
+        llm = small_model(AutoModelForCausalLM, config, length)
+        asked = "running it"
+        trial = begin_trial(llm)
         for asked, question in QUESTIONS.items():
             share = question(trial)
             if share > TOLERANCE:
@@ -316,6 +328,15 @@ def ask_all(config: PreTrainedConfig, length: int) -> None:
     except Exception as error:  # whatever odd models raise
         problem = f"{asked} fails ({in_words(error)})"
     raise ValueError(problem + shorter_window(config, length))
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether a layer keeps a state of its own in place of keys and values, as Mamba's do."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # then the questions find out
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def shorter_window(config: PreTrainedConfig, length: int) -> str:
