@@ -72,7 +72,7 @@ def small_config(config: PreTrainedConfig, length: int, narrow: bool) -> PreTrai
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         if "vocab" in name and "type" not in name:
-            setattr(config, name, min(value, VOCABULARY))
+            setattr(config, name, VOCABULARY)
         elif name.endswith("_token_id"):
             setattr(config, name, value % VOCABULARY)
         elif name in DENSE_LAYERS:

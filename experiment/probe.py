@@ -40,7 +40,8 @@ from ground import (
 from model import SEGMENTS, TEXT, KalmForRollouts, KalmOutput
 from rollout import Sequences
 
-TOLERANCE = 1e-4  # of the outputs' spread: exact LLMs are below 3e-5, others mostly above 1e-2
+TOLERANCE = 1e-3  # of the outputs' spread: float32 leaves 3e-4 at most, what is wrong 1e-2
+WORD_TOLERANCE = 1e-5  # the same numbers in the same order: a soft cap shows in small logits too
 ADVICE = "give another LLM; docs/llms.md lists kinds that are exact"
 
 # ----------------------------------------------------------------------------------------------
@@ -320,8 +321,9 @@ def ask_all(config: PreTrainedConfig, length: int) -> None:
         trial = begin_trial(llm)
         for asked, question in QUESTIONS.items():
             share = question(trial)
-            if share > TOLERANCE:
-                problem = f"{asked} changes its outputs, by {share:.1%} of their spread"
+            tolerance = WORD_TOLERANCE if question is word_logits else TOLERANCE
+            if share > tolerance:
+                problem = f"{asked} changes its outputs, by {share:.2g} of their spread"
                 break
         else:
             return
