@@ -475,7 +475,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     acting = episode.Acting(shared.goal, grounding.seed, methods)
     logs.check_trackers(grounding.report_to, manifest.run / "logs")
     world = env.make(shared.env)
-    imagining.novel_goals_of(world, seed)
+    novel_goals = imagining.novel_goals_of(world, seed)
     of_stages = dict(zip(STAGES, (*found[1:], acting)))
     of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
     of_run |= command.hashes(shared)
@@ -487,6 +487,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     dtype = command.dtype_of(grounding)
     run = Run(manifest.run, world, shared.llm, seed, dtype, [*grounding.report_to])
     todo = plan.to_do()
+    command.check_llm(shared, grounding, world, novel_goals, todo)
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
     run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))
     if shared.dry_run:

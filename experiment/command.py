@@ -4,7 +4,7 @@ checks that need several settings at once.
 This file knows what goes together, and nothing of what stages do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 import env
 from data import llm
 from data.grounded import adapter_folder
+from experiment import probe
 from experiment.folder import Manifest, sha256
 from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
@@ -139,13 +140,33 @@ def check(
     if ground.adapter != "none":
         adapter_folder(ground.adapter)
     if learn.encoder != "llm":
-        llm.resolve(learn.encoder, "--encoder")
+        probe.check_encoder(llm.resolve(learn.encoder, "--encoder"))
     if run.dry_run and llm.must_be_fetched(run.llm):
         return
     path = llm.resolve(run.llm)
     llm.check_layers(path, ground.keep_layers, "--keep_layers")
     llm.check_layers(path, ground.fresh_layers, "--fresh_layers", ground.keep_layers)
     llm.check_layers(path, learn.encoder_layers, "--encoder_layers")
+
+
+def check_llm(
+    run: RunArguments,
+    ground: GroundingArguments,
+    world: env.World,
+    novel_goals: Mapping[str, Sequence[env.Goal]],
+    todo: Sequence[str],
+) -> None:
+    """Raise ValueError if a stage that is to be done needs a language model that cannot be used
+    exactly. Takes seconds.
+    """
+    is_needed = "ground" in todo or "imagine" in todo
+    is_nowhere = run.dry_run and llm.must_be_fetched(run.llm)
+    if run.llm == llm.TINY or is_nowhere or not is_needed:
+        return
+    texts = []
+    for goals in novel_goals.values():
+        texts += [goal.text for goal in goals]
+    probe.check(llm.resolve(run.llm), texts, world.max_steps, ground.keep_layers)
 
 
 def minutes(

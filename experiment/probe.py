@@ -1,0 +1,351 @@
+"""Whether a language model can be used exactly: asked in seconds, before anything runs.
+
+A small LLM of the same configuration (few layers, random weights) must give the same outputs in
+all the ways in which a run uses it. This file knows no world, and nothing of what an LLM knows.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from data import llm as llm_source
+from data.small_llm import WINDOWS, small_model
+from ground import (
+    Position,
+    make_example,
+    pack,
+    prompt_ids,
+    rollout_positions,
+    text_ids,
+    text_positions,
+)
+from model import SEGMENTS, TEXT, KalmForRollouts, KalmOutput
+from rollout import Sequences
+
+TOLERANCE = 1e-3  # of the outputs' spread: float32 leaves 3e-4 at most, what is wrong 1e-2
+WORD_TOLERANCE = 1e-5  # the same numbers in the same order: a soft cap shows in small logits too
+ADVICE = "give another LLM; docs/llms.md lists kinds that are exact"
+
+# ----------------------------------------------------------------------------------------------
+# Checks
+
+
+def check(name: str, goals: Sequence[str], steps: int, keep_layers: int = 0) -> None:
+    """Raise ValueError, with the LLM's name and the reason, unless a run can use it exactly.
+
+    name: resolved, see `data.llm.resolve`. goals: texts. steps: actions in a rollout at most.
+    keep_layers: layers of the LLM that the run keeps; 0: all.
+    """
+    config = llm_source.cut(llm_source.read_config(name), keep_layers)
+    try:
+        check_files(name, config)
+        tokenizer = load_tokenizer(name)
+        check_tokenizer(tokenizer, config)
+        length = longest_example(tokenizer, goals, steps)
+        check_length(config, length)
+        check_exact(config, length)
+    except ValueError as error:
+        raise ValueError(f"--llm {name} ({config.model_type}): {error}; {ADVICE}") from None
+
+
+def check_encoder(name: str) -> None:
+    """Raise ValueError unless a resolved model turns texts into hidden states."""
+    try:
+        config = llm_source.read_config(name)
+        tokenizer = load_tokenizer(name)
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has neither a pad nor an end token")
+        encoder = small_model(AutoModel, config, length=0)
+        ids = torch.ones(2, 5, dtype=torch.long)
+        with torch.no_grad():
+            hidden = encoder(input_ids=ids, attention_mask=ids).last_hidden_state
+        if hidden.shape[:2] != ids.shape:
+            raise ValueError("it has no hidden state for each word")
+    except Exception as error:
+        advice = "give llm, or a model like sentence-transformers/all-MiniLM-L6-v2"
+        problem = f"--encoder {name} is no encoder of texts ({in_words(error)}); {advice}"
+        raise ValueError(problem) from None
+
+
+def check_files(name: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError for weights that are quantised, or files that are cut off or missing."""
+    if llm_source.is_gguf(name):
+        return
+    if getattr(config, "quantization_config", None):
+        raise ValueError("its weights are quantised already, and grounding changes weights")
+    files = sorted(Path(name).glob("*.safetensors"))
+    for index in Path(name).glob("*.safetensors.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files += [Path(name) / shard for shard in sorted(set(shards))]
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception as error:
+            raise ValueError(f"{file.name} is damaged or missing ({in_words(error)})") from None
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a resolved LLM. Raises ValueError if it has none."""
+    try:
+        if llm_source.is_gguf(name):
+            file = Path(name)
+            return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"it has no tokenizer that can be read ({in_words(error)})") from None
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
+    """Raise ValueError for a tokenizer without an end token, or with more tokens than the LLM."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no end token (eos_token), which explanations need")
+    embedded = config.get_text_config().vocab_size
+    if len(tokenizer) > embedded:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, and the LLM {embedded}")
+
+
+def longest_example(tokenizer: Tokenizer, goals: Sequence[str], steps: int) -> int:
+    """Positions of the longest example: a goal or its explanation, and a rollout of `steps`."""
+    longest = max(goals, key=len)
+    with_goal = len(prompt_ids(tokenizer, "generation", longest))
+    explained = len(prompt_ids(tokenizer, "explanation")) + len(text_ids(tokenizer, longest)) + 1
+    return max(with_goal, explained) + 2 * steps + 1
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Raise ValueError if an LLM has fewer positions than the longest example."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and positions < length:
+        raise ValueError(f"the longest example takes {length} positions, and it has {positions}")
+
+
+def in_words(error: Exception) -> str:
+    """An error as the part of a sentence."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:150]}"
+
+
+# ----------------------------------------------------------------------------------------------
+# Questions: how far outputs are off, as a share of their spread
+
+OBSERVATION, ACTIONS, OBJECTS = 4, 6, 2  # of a world that there is not
+GOALS = {"a goal in many words": (9, 6), "a goal": (4, 7)}  # and actions of its rollouts
+FED = 4  # positions fed one by one
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A small grounded model, its examples, and what it gives for each of their rollouts alone.
+
+    sequences: of two rollouts for each goal, prompt included, which `alone` are the outputs of.
+    """
+
+    model: KalmForRollouts
+    own_logits: torch.Tensor  # of the LLM for `words`, before it was wrapped
+    examples: list[dict[str, np.ndarray]]
+    sequences: list[list[Position]]
+    alone: list[KalmOutput]
+
+
+def words() -> torch.Tensor:
+    """Token ids of a text (1, 40)."""
+    return torch.arange(3, 43)[None] * 7
+
+
+def begin_trial(llm: PreTrainedModel) -> Trial:
+    """Wrap a small LLM, and run all rollouts alone."""
+    own_logits = llm(input_ids=words()).logits
+    sizes = {"observation_dim": OBSERVATION, "num_actions": ACTIONS, "objects": OBJECTS}
+    model = KalmForRollouts.from_llm(llm, **sizes).eval()
+    rng = np.random.default_rng(0)
+    world = SimpleNamespace(observation_dim=OBSERVATION)
+    examples = []
+    sequences = []
+    for goal, steps in GOALS.items():
+        records = []
+        for count in steps:
+            observations = rng.normal(size=(count + 1, OBSERVATION)).astype(np.float32)
+            actions = rng.integers(ACTIONS, size=count)
+            records.append({"goal": goal, "observations": observations, "actions": actions})
+            prompt = text_positions(prompt_ids(letters, "generation", goal))
+            sequences.append(prompt + rollout_positions(observations, actions))
+        examples.append(make_example("generation", letters, world, records))
+    alone = [Sequences(model, [sequence], text_logits=None).out for sequence in sequences]
+    return Trial(model, own_logits, examples, sequences, alone)
+
+
+def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    """A tokenizer for the small LLM: a token each letter."""
+    return {"input_ids": [ord(letter) for letter in text]}
+
+
+def gap(out: KalmOutput, row: int, columns, alone: KalmOutput, alone_columns) -> float:
+    """How far outputs at positions of a row are from those of a rollout alone."""
+    gaps = []
+    for name in ("action_logits", "state_pred", "logits"):
+        here = getattr(out, name)[row, columns]
+        there = getattr(alone, name)[0, alone_columns]
+        gaps.append(distance(here, there, getattr(alone, name).std()))
+    return max(gaps)
+
+
+def distance(here: torch.Tensor, there: torch.Tensor, spread: torch.Tensor) -> float:
+    """The largest difference, as a share of a spread; infinite where there is no number."""
+    largest = ((here - there).abs().max() / spread).item()
+    return largest if math.isfinite(largest) else math.inf
+
+
+def later_positions(trial: Trial) -> float:
+    """A sequence without its last positions, against the whole."""
+    shorter = Sequences(trial.model, [trial.sequences[0][:-FED]], text_logits=None).out
+    return gap(shorter, 0, slice(None), trial.alone[0], slice(-FED))
+
+
+def word_logits(trial: Trial) -> float:
+    """A text through the grounded model, against the LLM."""
+    ids = words()
+    no_states = torch.zeros(*ids.shape, OBSERVATION)
+    modality = torch.full_like(ids, TEXT)
+    logits = trial.model(ids, modality, no_states, text_logits=None).logits
+    return distance(logits, trial.own_logits, trial.own_logits.std())
+
+
+def packing(trial: Trial) -> float:
+    """All examples in one row, against each rollout alone."""
+    batch = pack(trial.examples, row_length=1000)  # the longest first, as they are already
+    del batch["predict"]
+    out = trial.model(**batch, text_logits=None)
+    segments = batch["segments"][0]
+    gaps = []
+    for number, alone in enumerate(trial.alone):
+        example, rollout = divmod(number, 2)
+        prompt = segments == example * SEGMENTS
+        columns = prompt | (segments == example * SEGMENTS + rollout + 1)
+        gaps.append(gap(out, 0, columns, alone, slice(None)))
+    return max(gaps)
+
+
+def caching(trial: Trial) -> float:
+    """Left-padded rows that grow, are repeated and leave the batch, against each alone."""
+    prompts = [sequence[:-FED] for sequence in trial.sequences]
+    sequences = Sequences(trial.model, prompts, text_logits=1)
+    sequences.repeat(2)
+    kept = torch.tensor([7, 4, 1])
+    sequences.select(kept)
+    rows = (kept // 2).tolist()
+    gaps = []
+    for column in range(-FED, 0):
+        positions = [trial.sequences[row][column] for row in rows]
+        index = torch.tensor([int(position.index) for position in positions])
+        states = torch.tensor(np.stack([position.state for position in positions]))
+        sequences.feed(positions[0].modality, index, states)
+        for place, row in enumerate(rows):
+            gaps.append(gap(sequences.out, place, -1, trial.alone[row], column))
+    return max(gaps)
+
+
+def saving(trial: Trial) -> float:
+    """Weights from a folder, against those written. Raises ValueError for one that is lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        trial.model.save_pretrained(folder)
+        again = KalmForRollouts.from_pretrained(folder)
+        names = set()
+        for file in Path(folder).glob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                names.update(weights.keys())
+    loaded = dict(again.named_parameters())
+    for name, weight in trial.model.named_parameters():
+        if name not in names:  # by which a run that goes on from a checkpoint would miss it
+            raise ValueError(f"{name} is written under another name")
+        if not torch.equal(loaded[name], weight):
+            raise ValueError(f"{name} is another")
+    return 0.0
+
+
+QUESTIONS: dict[str, Callable[[Trial], float]] = {
+    "a later position": later_positions,
+    "its output layer alone, for words,": word_logits,
+    "packing rollouts in a row": packing,
+    "a key-value cache": caching,
+    "saving and loading": saving,
+}
+
+
+@torch.no_grad()
+def check_exact(config: PreTrainedConfig, length: int) -> None:
+    """Raise ValueError, with the reason, where an LLM of this configuration is not exact.
+
+    length: positions of the longest example.
+    """
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # of the small LLM nobody needs to hear
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            ask_all(config, length)
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+def ask_all(config: PreTrainedConfig, length: int) -> None:
+    """Raise ValueError at the first question whose answer is wrong, or an error."""
+    if is_recurrent(config):
+        raise ValueError(
+            "it has recurrent or convolution layers, which mix rollouts packed in a row"
+        )
+    asked = "making it small"
+    try:
+        llm = small_model(AutoModelForCausalLM, config, length)
+        asked = "running it"
+        trial = begin_trial(llm)
+        for asked, question in QUESTIONS.items():
+            share = question(trial)
+            tolerance = WORD_TOLERANCE if question is word_logits else TOLERANCE
+            if share > tolerance:
+                problem = f"{asked} changes its outputs, by {share:.2g} of their spread"
+                break
+        else:
+            return
+    except Exception as error:  # whatever odd models raise
+        problem = f"{asked} fails ({in_words(error)})"
+    raise ValueError(problem + shorter_window(config, length))
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether a layer keeps a state of its own in place of keys and values, as Mamba's do."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # then the questions find out
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def shorter_window(config: PreTrainedConfig, length: int) -> str:
+    """Says of an LLM whose attention reaches less far than an example that it does, else ""."""
+    text = config.get_text_config()
+    for name in WINDOWS:
+        window = getattr(text, name, None)
+        if isinstance(window, int) and 0 < window < length:
+            return f"; its {name} is {window}, and the longest example takes {length} positions"
+    return ""
