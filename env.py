@@ -372,7 +372,7 @@ def run_episodes(
 def expert_rollouts(
     world: World, goals: Sequence[Goal], rng: np.random.Generator, max_steps: int, **options
 ) -> list[dict]:
-    """An episode of the world's expert for each goal, from a start that does not fulfil it: records.
+    """An episode of the world's expert for each goal, from a start that does not fulfil it.
 
     options: as `run_episodes` takes them.
     """

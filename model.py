@@ -149,8 +149,9 @@ def matching(layers: nn.Module, numbers: Tensor) -> Tensor:
 
 
 def root_mean_square(numbers: Tensor) -> float:
-    """Their size."""
-    return numbers.float().square().mean().sqrt().item()
+    """Their size, without a copy of them."""
+    norm = torch.linalg.vector_norm(numbers, dtype=torch.float32)
+    return norm.item() / numbers.numel() ** 0.5
 
 
 def mean_or_zero(losses: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 import env
 from data import llm
@@ -161,7 +162,8 @@ def check_llm(
     """
     is_needed = "ground" in todo or "imagine" in todo
     is_nowhere = run.dry_run and llm.must_be_fetched(run.llm)
-    if run.llm == llm.TINY or is_nowhere or not is_needed:
+    is_asked = is_needed and PartialState().is_main_process
+    if run.llm == llm.TINY or is_nowhere or not is_asked:
         return
     texts = []
     for goals in novel_goals.values():

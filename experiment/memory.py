@@ -169,7 +169,9 @@ def saved_bytes(
     return everything // layers + layers * embedded.nbytes  # one layer is run again at a time
 
 
-def head_bytes(model: KalmForRollouts, batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
+def head_bytes(
+    model: KalmForRollouts, batch: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> int:
     """Bytes of what leads to the losses: logits of all predicted words, with their gradient, and
     what the state embedding and heads keep.
     """
