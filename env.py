@@ -412,7 +412,8 @@ class WorldEnv(gymnasium.Env):
     success at every step.
 
     world: a World, or its name as `make` takes it. reset options: "goal", a Goal or a text that
-    states one (default: a random training goal); "state", a (state_dim,) state.
+    states one, or such as an info has it, with level, kind and relations (default: a random
+    training goal); "state", a (state_dim,) state.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -435,6 +436,9 @@ class WorldEnv(gymnasium.Env):
         goal = options.get("goal")
         if goal is None:
             goal = self.world.sample_goals("offline", "train", 1, self.np_random)[0]
+        elif isinstance(goal, str) and "kind" in options:
+            relations = json.loads(options["relations"])
+            goal = goal_from_json({**options, "text": goal, "relations": relations}, self.world)
         elif isinstance(goal, str):
             goal = self.world.goal_of_text(goal)
         elif not isinstance(goal, Goal):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.table import table_cast
 
 import env
@@ -68,7 +69,12 @@ def _read_table(path, with_states):
     table.validate(full=True)  # what Arrow believes of a damaged file can end the process
     if len(table) == 0:
         raise ValueError("it has no rows")
-    return table_cast(table, datasets.Features(features).arrow_schema)
+    columns = {}
+    for name, feature in features.items():
+        with naming(f"column {name!r}"):
+            schema = datasets.Features({name: feature}).arrow_schema
+            columns[name] = table_cast(table.select([name]), schema)[name]
+    return pyarrow.table(columns)
 
 
 @contextlib.contextmanager
@@ -78,7 +84,9 @@ def naming(where: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # libraries raise whatever they meet in a damaged file
         words = " ".join(str(error).split())[:300]
-        if not isinstance(error, (ValueError, OSError)):
+        if isinstance(error, ImportError):
+            words += '; `pip install "minari[hdf5,arrow]"` has what these files need'
+        elif not isinstance(error, (ValueError, OSError)):
             words = f"damaged, or not of its format ({type(error).__name__}: {words})"
         raise ValueError(f"{where}: {words}") from error
 

@@ -12,7 +12,6 @@ import torch
 
 import env
 from data import llm
-from data.grounded import adapter_folder
 from experiment.folder import Manifest, sha256
 from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
@@ -119,8 +118,6 @@ def check(
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
         filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
         raise ValueError(f"{filters} needs --self_check true")
-    if ground.adapter != "none":
-        adapter_folder(ground.adapter)
     if learn.encoder != "llm":
         llm.resolve(learn.encoder, "--encoder")
     if run.dry_run and llm.must_be_fetched(run.llm):

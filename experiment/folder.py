@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import filelock
 
 LEFT_AT_ONCE = {".lock", "manifest.json.partial"}  # all that a run that was killed at once leaves
 UNFINISHED = "unfinished"
+FULL = 2**17  # bytes that may be free on a disk to which nothing can be written
 
 # ----------------------------------------------------------------------------------------------
 # Files
@@ -56,6 +58,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Whatever a library raises in the block is an OSError that says so where path's disk is full.
+
+    What fills it has to be there still, as it is not where `replacing` was at work.
+    """
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(path).free < FULL:
+            raise OSError(f"No space left on the disk of {path} ({error})") from error
+        raise
+
+
 def write_json(path: Path, value) -> None:
     """JSON, written aside and renamed."""
     with replacing(path) as aside:
@@ -79,6 +95,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_zip(path: Path) -> None:
+    """Raise an exception where what torch.save wrote has changed, as torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        if changed := archive.testzip():
+            raise ValueError(f"{path}: {changed} has changed")
 
 
 # ----------------------------------------------------------------------------------------------

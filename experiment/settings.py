@@ -110,7 +110,7 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
     A list becomes a text with commas. Raises ValueError that names the file and the key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None

@@ -51,16 +51,20 @@ class Plan:
     force: bool
 
     def record(self, name: str) -> dict:
-        """What a stage's result follows from: {run, settings, inputs}."""
+        """The settings that a stage's result follows from: {run, settings}. Reads no file."""
         settings = self.settings[name]
         recorded = getattr(settings, "recorded", lambda: dataclasses.asdict(settings))
-        inputs = getattr(settings, "inputs", dict)
         shared = {key: self.shared[key] for key in self.stages[name].shared}
-        return {"run": shared, "settings": recorded(), "inputs": inputs()}
+        return {"run": shared, "settings": recorded()}
+
+    def record_with_inputs(self, name: str) -> dict:
+        """All that a stage's result follows from: {run, settings, inputs}."""
+        inputs = getattr(self.settings[name], "inputs", dict)
+        return {**self.record(name), "inputs": inputs()}
 
     def fingerprint(self, name: str) -> str:
         """Hash of what a stage's result follows from; an input counts by content, not by name."""
-        record = self.record(name)
+        record = self.record_with_inputs(name)
         counts = {**record["run"], **record["settings"], **record["inputs"]}
         return self.manifest.fingerprint(name, counts, self.stages[name].reads)
 
@@ -143,13 +147,14 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
                 earlier = manifest.begin(work, anew=plan.force)
         state.wait_for_everyone()
         transformers.set_seed(plan.shared["seed"])
-        began = time.time()
-        stage.function(run, plan.settings[name], work)
+        began = time.monotonic()
+        with folder.naming_full_disk(manifest.run):
+            stage.function(run, plan.settings[name], work)
         state.wait_for_everyone()
-        seconds = round(earlier + time.time() - began, 1)
+        seconds = round(earlier + time.monotonic() - began, 1)
         if state.is_main_process:
             if stage.writes:
-                record = {"fingerprint": plan.fingerprint(name), **plan.record(name)}
+                record = {"fingerprint": plan.fingerprint(name), **plan.record_with_inputs(name)}
                 manifest.stages[name] = {**record, "time_s": seconds, "files": {}}
                 leave_records(plan, name)
                 manifest.note(name, stage.writes)
