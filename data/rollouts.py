@@ -40,7 +40,7 @@ def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
 
 
 def read_rollouts(path: str | Path, world: env.World, with_states: bool = False) -> list[dict]:
-    """Rollout records of a dataset folder, each checked by `check_record`.
+    """Rollout records of a dataset folder, checked.
 
     States, which are large, stay on disk unless they are wanted. Types that can be cast to ours
     will do. Raises ValueError that names the folder, the row and the field.
@@ -54,7 +54,8 @@ def read_rollouts(path: str | Path, world: env.World, with_states: bool = False)
                 for name, dtype in ARRAYS.items():
                     if record.get(name) is not None:
                         record[name] = np.array(record[name], dtype)
-                check_record(record, world)
+                check_arrays(record, world)
+                env.goal_from_json({**record, "text": record["goal"]}, world)
             records.append(record)
     return records
 
@@ -89,12 +90,6 @@ def naming(where: str | Path) -> Iterator[None]:
         elif not isinstance(error, (ValueError, OSError)):
             words = f"damaged, or not of its format ({type(error).__name__}: {words})"
         raise ValueError(f"{where}: {words}") from error
-
-
-def check_record(record: dict, world: env.World) -> None:
-    """Raise ValueError that says what is wrong with a rollout record, if anything is."""
-    check_arrays(record, world)
-    env.goal_from_json({**record, "text": record["goal"]}, world)
 
 
 def check_arrays(arrays: dict, world: env.World) -> None:

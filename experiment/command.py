@@ -101,9 +101,7 @@ def world_file_hash(world: str) -> str:
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32: GPUs since Ampere, CPUs with
-    AVX512-BF16 or AMX.
-    """
+    """Whether bfloat16 is fast here: on GPUs since Ampere, on CPUs with AVX512-BF16 or AMX."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
@@ -112,9 +110,7 @@ def bf16_is_fast() -> bool:
 def check(
     run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
 ) -> None:
-    """Raise ValueError for what models or settings of two stages do not allow. Fetches the language
-    model if need be.
-    """
+    """Raise ValueError for what two stages' settings or the LLM, fetched here, do not allow."""
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
         filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
         raise ValueError(f"{filters} needs --self_check true")

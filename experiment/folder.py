@@ -20,7 +20,6 @@ import filelock
 
 LEFT_AT_ONCE = {".lock", "manifest.json.partial"}  # all that a run that was killed at once leaves
 UNFINISHED = "unfinished"
-FULL = 2**17  # bytes that may be free on a disk to which nothing can be written
 
 # ----------------------------------------------------------------------------------------------
 # Files
@@ -60,14 +59,11 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Whatever a library raises in the block is an OSError that says so where path's disk is full.
-
-    What fills it has to be there still, as it is not where `replacing` was at work.
-    """
+    """Whatever a library raises in the block is an OSError in words where path's disk is full."""
     try:
         yield
     except Exception as error:
-        if shutil.disk_usage(path).free < FULL:
+        if shutil.disk_usage(path).free < 2**17:  # bytes, in which a library's buffer may not fit
             raise OSError(f"No space left on the disk of {path} ({error})") from error
         raise
 

@@ -70,23 +70,21 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 def _is_whole(checkpoint):
-    sums = {}
     try:
         folder.read_json(checkpoint / "trainer_state.json")  # the Trainer writes it last
-        if (checkpoint / "sums.json").is_file():
-            sums = folder.read_json(checkpoint / "sums.json")
         for path in checkpoint.glob("*.pt*"):
             folder.check_zip(path)
-        return all(folder.sha256(checkpoint / name) == found for name, found in sums.items())
+        for path in checkpoint.glob("sums.json"):
+            sums = folder.read_json(path)
+            return all(folder.sha256(checkpoint / name) == found for name, found in sums.items())
+        return True
     except (ValueError, OSError, zipfile.BadZipFile):
         return False
 
 
 @contextlib.contextmanager
 def curve(logs: Path, name: str, trackers: Sequence[str]) -> Iterator[Callable[[int, float], None]]:
-    """A function log(step, loss) that appends to LOGS/NAME.jsonl, begun anew, and tells
-    trackers.
-    """
+    """A function log(step, loss) for trackers and LOGS/NAME.jsonl, which is begun anew."""
     path = logs / f"{name}.jsonl"
     folder.remove(path)
     started = [_start(tracker, logs, name) for tracker in trackers]

@@ -3,9 +3,7 @@
 This file knows the questions and no particular world. What answers mean only tests can tell.
 """
 
-import contextlib
-import json
-from collections.abc import Iterator
+import itertools
 
 import numpy as np
 
@@ -19,147 +17,129 @@ def check_world(world: env.World, split: str) -> None:
 
     split: of the novel goals that will be asked for, validation or test.
     """
-    _check_sizes(world)
-    goals = _goals(world, "offline", "train")
-    actions = np.arange(world.num_actions)
-    states, nexts = _check_physics(world, goals, actions)
-    obs = world.observe(states)
-    taken = _array(world, "expert_actions", (COUNT,), np.integer, world.encode_goals(goals), obs)
-    _expect(world, "expert_actions", f"actions below {world.num_actions}", set(taken) <= {*actions})
-    _check_words_and_pictures(world, goals, obs)
-    for level in env.NOVEL_LEVELS:
-        goals += _goals(world, level, split)
-    goals.append(env.Goal("Nobody can judge this.", "hard"))
-    rows = np.arange(len(goals)) % len(actions)
-    _check_judge(world, goals, world.observe(states[rows % COUNT]), world.observe(nexts[rows]))
-
-
-@contextlib.contextmanager
-def _asking(world: env.World, method: str) -> Iterator[None]:
-    """Whatever a method raises becomes a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        what += " (--traceback shows where)"
-        raise ValueError(f"the world's {type(world).__name__}.{method} raises {what}") from error
-
-
-def _expect(world, method, expected, is_so, found=None):
-    if not is_so:
-        got = "" if found is None else f", got {found}"
-        raise ValueError(f"the world's {type(world).__name__}.{method} must be {expected}{got}")
-
-
-def _array(world, method, shape, kind, *arguments):
-    """The array that a method answers, if it is finite, of that shape and of that kind of dtype."""
-    with _asking(world, method):
-        answer = getattr(world, method)(*arguments)
-    found = type(answer).__name__
-    is_so = False
-    if isinstance(answer, np.ndarray):
-        found = f"{answer.dtype} {answer.shape}"
-        is_so = answer.shape == shape and np.issubdtype(answer.dtype, kind)
-        if is_so and not np.isfinite(answer).all():
-            found, is_so = "NaN or infinite values", False
-    _expect(world, method, f"an array {shape} of {kind.__name__}", is_so, found)
-    return answer
-
-
-def _check_sizes(world):
+    ask = _Questions(world)
     for name in ("observation_dim", "num_actions", "state_dim", "max_steps", "objects"):
         size = getattr(world, name, None)
         is_size = isinstance(size, (int, np.integer)) and size >= 1
-        _expect(world, name, "a whole number of at least 1", is_size, size)
+        ask.expect(is_size, name, "a whole number of at least 1")
     for name in ("observation_dim", "num_actions"):
-        size = getattr(world, name)
-        multiple = f"a multiple of its {world.objects} objects"
-        _expect(world, name, multiple, size % world.objects == 0, size)
-    for name in ("observation_limit", "observation_scale"):
-        _expect(world, name, "above 0", getattr(world, name) > 0, getattr(world, name))
+        is_multiple = getattr(world, name) % world.objects == 0
+        ask.expect(is_multiple, name, f"a multiple of its {world.objects} objects")
     kinds = getattr(world, "kinds", None)
-    is_some = isinstance(kinds, tuple) and len(kinds) > 0
-    _expect(world, "kinds", "a tuple of names, of one at least", is_some, kinds)
-    are_known = set(world.one_step_kinds) <= set(kinds)
-    _expect(world, "one_step_kinds", "some of its kinds", are_known, world.one_step_kinds)
+    ask.expect(isinstance(kinds, tuple) and kinds, "kinds", "a tuple of names, of one at least")
+    goals = ask.goals("offline", "train")
+    known = [goal.kind in kinds for goal in goals]
+    ask.expect(all(known), "sample_goals", "of kinds that it judges, for level 'offline'")
+    states, nexts = _check_physics(ask, goals)
+    for method in ("canonical_text", "goal_in_words"):
+        text = ask.answer(method, goals[0])
+        ask.expect(isinstance(text, str) and text.strip(), method, "a text that is not empty")
+    obs = world.observe(states)
+    scores = ask.answer("explanation_scores", goals, [goal.text for goal in goals], obs)
+    are_rows = all(np.shape(right) == (COUNT,) for right in scores.values())
+    ask.expect(are_rows, "explanation_scores", "a dict of arrays with a number a goal")
+    ask.answer("plausibility", obs, obs)
+    for action in (None, 0):
+        ask.array("draw", (64, 64, 3), np.uint8, obs[0], action, 64)
+    for level in env.NOVEL_LEVELS:
+        goals += ask.goals(level, split)
+    goals.append(env.Goal("Nobody can judge this.", "hard"))
+    rows = np.arange(len(goals)) % world.num_actions
+    _check_judge(ask, goals, world.observe(states[rows % COUNT]), world.observe(nexts[rows]))
 
 
-def _goals(world, level, split):
-    drawn = []
-    for _ in range(2):
-        with _asking(world, "sample_goals"):
-            drawn.append(world.sample_goals(level, split, COUNT, np.random.default_rng(0)))
-    goals, again = drawn
-    expected = f"a list of {COUNT} goals of level {level!r} for split {split!r}"
-    are_goals = isinstance(goals, list) and len(goals) == COUNT
-    are_goals = are_goals and all(getattr(goal, "level", None) == level for goal in goals)
-    _expect(world, "sample_goals", expected, are_goals, goals)
-    _expect(world, "sample_goals", "the same for the same rng", goals == again)
-    for goal in goals:
-        is_judged = level != "offline" or goal.kind != env.UNJUDGED
-        _expect(world, "sample_goals", "of kinds that it judges", is_judged, goal)
-        with _asking(world, "check_goal"):
-            record = json.loads(json.dumps(goal.to_json()))
-            is_same = env.goal_from_json(record, world) == goal
-        _expect(world, "sample_goals", "of relations that are tuples of names", is_same, goal)
-    return goals
+class _Questions:
+    """Asks a world; whatever is wrong is a ValueError that names class and method."""
+
+    def __init__(self, world):
+        self.world = world
+        self.name = f"the world's {type(world).__name__}"
+
+    def expect(self, is_so, name, expected):
+        if not is_so:
+            found = getattr(self.world, name, None)
+            got = "" if callable(found) else f", got {found!r}"
+            raise ValueError(f"{self.name}.{name} must be {expected}{got}")
+
+    def answer(self, method, *arguments):
+        """What a method answers."""
+        try:
+            return getattr(self.world, method)(*arguments)
+        except Exception as error:
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{self.name}.{method} raises {words} (see --traceback)") from error
+
+    def array(self, method, shape, kind, *arguments):
+        """What a method answers, if it is an array of that shape and that kind of dtype, finite."""
+        array = self.answer(method, *arguments)
+        expected = f"an array {shape} of {kind.__name__}"
+        is_array = isinstance(array, np.ndarray)
+        self.expect(is_array, method, f"{expected}, got {type(array).__name__}")
+        is_so = array.shape == shape and np.issubdtype(array.dtype, kind)
+        self.expect(is_so, method, f"{expected}, got {array.dtype} {array.shape}")
+        self.expect(np.isfinite(array).all(), method, "finite, got NaN or infinite values")
+        return array
+
+    def goals(self, level, split):
+        """Goals of a level and split that the world itself takes."""
+        arguments = (level, split, COUNT)
+        goals = self.answer("sample_goals", *arguments, np.random.default_rng(0))
+        is_list = isinstance(goals, list) and len(goals) == COUNT
+        are_goals = is_list and all(getattr(goal, "level", None) == level for goal in goals)
+        expected = f"a list of {COUNT} goals of level {level!r} for split {split!r}, got {goals}"
+        self.expect(are_goals, "sample_goals", expected)
+        again = self.answer("sample_goals", *arguments, np.random.default_rng(0))
+        self.expect(goals == again, "sample_goals", "the same for the same rng")
+        for goal in goals:
+            self.answer("check_goal", goal)
+            are_tuples = all(isinstance(part, tuple) for part in (goal.relations, *goal.relations))
+            names = itertools.chain(*goal.relations)
+            are_names = are_tuples and all(name is None or isinstance(name, str) for name in names)
+            self.expect(are_names, "sample_goals", f"of relations, tuples of names, got {goal}")
+        return goals
 
 
-def _check_physics(world, goals, actions):
+def _check_physics(ask, goals):
     """States (COUNT, state_dim) before any action; after each action (num_actions, state_dim)."""
-    size = world.state_dim
+    world = ask.world
     rng = np.random.default_rng(0)
-    states = _array(world, "initial_states", (COUNT, size), np.floating, rng, COUNT, goals)
-    _array(world, "observe", (world.observation_dim,), np.float32, states[0])
-    obs = _array(world, "observe", (COUNT, world.observation_dim), np.float32, states)
+    shape = (COUNT, world.state_dim)
+    states = ask.array("initial_states", shape, np.floating, rng, COUNT, goals)
+    ask.array("observe", (world.observation_dim,), np.float32, states[0])
+    obs = ask.array("observe", (COUNT, world.observation_dim), np.float32, states)
     limit = world.observation_limit
-    _expect(world, "observe", f"within {limit}", np.abs(obs).max() <= limit, np.abs(obs).max())
-    nearest = _array(world, "state_from_observation", (COUNT, size), np.floating, obs)
+    ask.expect(np.abs(obs).max() <= limit, "observe", f"within {limit}, its observation_limit")
+    nearest = ask.array("state_from_observation", shape, np.floating, obs)
     is_seen = np.allclose(world.observe(nearest), obs, atol=1e-3)
-    _expect(world, "state_from_observation", "states that look like the observations", is_seen)
+    ask.expect(is_seen, "state_from_observation", "states that look like the observations")
+    actions = np.arange(world.num_actions)
     starts = states[actions % COUNT]
     before = starts.copy()
-    shape = (len(actions), size)
-    nexts = _array(world, "step_batch", shape, np.floating, starts, actions)
+    shape = (len(actions), world.state_dim)
+    nexts = ask.array("step_batch", shape, np.floating, starts, actions)
     is_kept = np.array_equal(starts, before)
-    _expect(world, "step_batch", "a function that leaves its arguments as they are", is_kept)
-    again = _array(world, "step_batch", shape, np.floating, starts[::-1], actions[::-1])[::-1]
+    ask.expect(is_kept, "step_batch", "a function that leaves its arguments as they are")
+    again = ask.array("step_batch", shape, np.floating, starts[::-1], actions[::-1])[::-1]
     is_pure = np.array_equal(nexts, again)
-    _expect(world, "step_batch", "the same for each row in any order, however often", is_pure)
+    ask.expect(is_pure, "step_batch", "the same for each row in any order, however often")
+    encoded = ask.answer("encode_goals", goals)
+    taken = ask.array("expert_actions", (COUNT,), np.integer, encoded, obs)
+    ask.expect(np.isin(taken, actions).all(), "expert_actions", f"actions below {len(actions)}")
     return states, nexts
 
 
-def _check_judge(world, goals, obs, nexts):
+def _check_judge(ask, goals, obs, nexts):
     """Judges of transitions, of which the last has a goal of kind UNJUDGED."""
-    with _asking(world, "encode_goals"):
-        encoded = world.encode_goals(goals)
-        is_kept = np.array_equal(world.encode_goals(encoded), encoded)
-    _expect(world, "encode_goals", "an array of a row a goal, which stays", is_kept)
-    actions = np.arange(len(goals)) % world.num_actions
+    encoded = ask.answer("encode_goals", goals)
+    is_kept = np.array_equal(ask.answer("encode_goals", encoded), encoded)
+    ask.expect(is_kept, "encode_goals", "an array with a row a goal, and stay when encoded again")
+    actions = np.arange(len(goals)) % ask.world.num_actions
     shape = (len(goals),)
-    _array(world, "one_step", shape, np.bool_, encoded)
-    _array(world, "potential", shape, np.number, encoded, obs)
+    ask.array("one_step", shape, np.bool_, encoded)
+    ask.array("potential", shape, np.number, encoded, obs)
     for imagined in (False, True):
         transitions = (encoded, obs, nexts, actions, imagined)
-        met = _array(world, "success", shape, np.bool_, *transitions)
-        rewards = _array(world, "reward", shape, np.number, *transitions)
-        _expect(world, "success", f"False for kind {env.UNJUDGED!r}", not met[-1])
-        is_none = rewards[-1] == 0
-        _expect(world, "reward", f"0 for kind {env.UNJUDGED!r}", is_none, rewards[-1])
-    with _asking(world, "initial_states"):
-        env.unfulfilled_states(world, np.random.default_rng(0), goals)
-
-
-def _check_words_and_pictures(world, goals, obs):
-    goal = goals[0]
-    texts = {"canonical_text": (goal,), "goal_in_words": (goal,), "change_in_words": obs[:2]}
-    for method, arguments in texts.items():
-        with _asking(world, method):
-            text = getattr(world, method)(*arguments)
-        is_text = isinstance(text, str) and text.strip() != ""
-        _expect(world, method, "a text that is not empty", is_text, repr(text))
-    with _asking(world, "goal_of_text"):
-        read = world.goal_of_text(goal.text)
-    _expect(world, "goal_of_text", "an env.Goal", isinstance(read, env.Goal), type(read).__name__)
-    for action in (None, 0):
-        _array(world, "draw", (64, 64, 3), np.uint8, obs[0], action, 64)
+        met = ask.array("success", shape, np.bool_, *transitions)
+        rewards = ask.array("reward", shape, np.number, *transitions)
+        ask.expect(not met[-1], "success", f"False for kind {env.UNJUDGED!r}")
+        ask.expect(rewards[-1] == 0, "reward", f"0 for kind {env.UNJUDGED!r}")

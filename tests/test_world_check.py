@@ -32,8 +32,6 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     "three objects": ("    objects = 3", "num_actions must be a multiple of its 3 objects, got 8"),
     "no kinds": ("    kinds = ()", "kinds must be a tuple of names, of one at least, got ()"),
     "kinds, a text": ("    kinds = 'edge'", "kinds must be a tuple of names"),
-    "other kinds": ("    one_step_kinds = ('leap',)", "one_step_kinds must be some of its kinds"),
-    "a scale of 0": ("    observation_scale = 0", "observation_scale must be above 0, got 0"),
     "a wide state": ("    state_dim = 7", "initial_states must be an array (4, 7) of floating"),
     "a wide view": ("    observation_dim = 8", "observe must be an array (8,) of float32, got"),
     "doubles": (
@@ -48,7 +46,7 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     "few starts": (method("initial_states", "return theirs[:1]"), "initial_states must be an"),
     "NaN": (
         method("step_batch", "return theirs * np.nan"),
-        "step_batch must be an array (8, 6) of floating, got NaN or infinite values",
+        "step_batch must be finite, got NaN or infinite values",
     ),
     "states changed in place": (
         method("step_batch", "args[0][:] = theirs; return theirs"),
@@ -84,6 +82,15 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
         "    def sample_goals(self, level, split, n, rng):\n"
         "        return super().sample_goals(level, split, n, np.random.default_rng())",
         "sample_goals must be the same for the same rng",
+    ),
+    "numbers in relations": (
+        method("sample_goals", "return [env.Goal('1', args[0], 'edge', ((1, 2),))] * 4"),
+        "check_goal raises ValueError: a relation is [red or green, side]",
+    ),
+    "numbers in relations that it takes": (
+        method("sample_goals", "return [env.Goal('1', args[0], 'edge', ((1, 2),))] * 4")
+        + "    def check_goal(self, goal):\n        pass",
+        "sample_goals must be of relations, tuples of names, got Goal(text='1'",
     ),
     "a training goal that nobody judges": (
         method("sample_goals", "return [env.Goal(goal.text) for goal in theirs]"),
@@ -123,10 +130,19 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
         "    def success(self, goals, obs, next_obs, actions):\n        return obs[:, 0] > 9",
         "success raises TypeError",
     ),
+    "one score for all": (
+        method("explanation_scores", "return {'exact': theirs['exact'].mean()}"),
+        "explanation_scores must be a dict of arrays with a number a goal",
+    ),
+    "rates of nothing": (
+        "    def plausibility(self, obs, next_obs):\n        return 1 // 0",
+        "plausibility raises ZeroDivisionError",
+    ),
+    "a list for an array": (method("success", "return [*theirs]"), "success must be an array"),
     "no text": ("    def canonical_text(self, goal):\n        return ''", "canonical_text must be"),
-    "a goal read as words": (
-        "    def goal_of_text(self, text):\n        return text.split()",
-        "goal_of_text must be an env.Goal, got list",
+    "no words for a goal": (
+        "    def goal_in_words(self, goal):\n        pass",
+        "goal_in_words must",
     ),
     "a picture of another size": (
         method("draw", "return theirs[1:]"),
