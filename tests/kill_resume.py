@@ -12,10 +12,8 @@ times apart. Exit code 0 if all are equal.
 import argparse
 import itertools
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OF_A_TRY = re.compile("time|train_(loss|runtime|(samples|steps)_per_second)")
 LORA = ["--lora_rank", "4", "--save_steps", "1"]
 RELEASED = ["--llm", "smollm2", "--adapter", "released", "--keep_layers", "6"]
+RELEASED += ["--novel_goals", "3", "--methods", "bc+relabel,bc+kalm,cql+kalm,llm"]
 KINDS = {  # of runs: workers, options
     "LoRA, one worker": (1, LORA),
     "LoRA, two workers": (2, LORA),
@@ -62,7 +61,7 @@ def differences(run, untouched):
 
 
 def start(run, kind):
-    """A run in a session of its own, with its first line read: all is imported then."""
+    """A run with its first line read: all is imported then."""
     workers, options = KINDS[kind]
     command = [sys.executable]
     if workers > 1:
@@ -70,7 +69,7 @@ def start(run, kind):
     command += ["kalm.py", "--scale", "smoke", "--output_dir", str(run), *options]
     command += ["--rl_snapshot_steps", "5"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
     for line in process.stdout:
         if line.startswith("KALM"):
             break
@@ -87,17 +86,21 @@ def finish(run, kind):
 
 
 def killed(run, kind, seconds, rng):
-    """Kill a run so many seconds after its first line. Returns a sentence on where it was."""
+    """Kill a run so many seconds after its first line. Returns a sentence on where it was, or None
+    where it had ended before.
+    """
     process, who = start(run, kind), "all"
     try:
         process.communicate(timeout=seconds)
+        return None
     except subprocess.TimeoutExpired:
         workers = psutil.Process(process.pid).children()
         if len(workers) > 1 and rng.random() < 0.5:  # the launcher stops the others
-            who = "a worker"
-            rng.choice(workers).kill()
+            who, workers = "a worker", [rng.choice(workers)]
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        for worker in workers:
+            worker.kill()
         process.communicate(timeout=120)
     manifest = run / "manifest.json"
     done = json.loads(manifest.read_text("utf-8"))["stages"] if manifest.is_file() else {}
@@ -121,9 +124,11 @@ def main():
         for kind, count in zip(itertools.cycle(KINDS), itertools.cycle([1, 1, 1, 1, 2, 2, 2, 2])):
             if kills >= options.kills:
                 break
-            trials, kills = trials + 1, kills + count
+            trials += 1
             run = Path(folder) / f"run {trials}"
             where = [killed(run, kind, rng.uniform(0, whole[kind]), rng) for _ in range(count)]
+            where = [sentence for sentence in where if sentence]
+            kills += len(where)
             finish(run, kind)
             differ = differences(run, untouched[kind])
             equal += not differ
