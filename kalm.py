@@ -477,7 +477,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     of_run["world_file"] = command.world_file_hash(shared.env)
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
-    command.check(shared, grounding, imagining, learning)
+    command.check(plan.names, world, shared, grounding, imagining, learning)
     if "collect" in plan.names and collecting.data:
         formats.read_offline(collecting.data, world, seed)
     if "imagine" in plan.names:

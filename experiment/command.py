@@ -4,7 +4,7 @@ checks that need several settings at once.
 This file knows what goes together, and nothing of what stages do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 
 import env
 from data import llm
-from experiment.folder import Manifest, sha256
+from data.grounded import adapter_folder
+from experiment.folder import Manifest, read_json, sha256
 from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import LearnArguments
@@ -108,12 +109,19 @@ def bf16_is_fast() -> bool:
 
 
 def check(
-    run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
+    names: Sequence[str],
+    world: env.World,
+    run: RunArguments,
+    ground: GroundingArguments,
+    imagine: ImagineArguments,
+    learn: LearnArguments,
 ) -> None:
     """Raise ValueError for what two stages' settings or the LLM, fetched here, do not allow."""
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
         filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
         raise ValueError(f"{filters} needs --self_check true")
+    if "ground" in names and ground.adapter != "none":
+        check_adapter(ground, world)
     if learn.encoder != "llm":
         llm.resolve(learn.encoder, "--encoder")
     if run.dry_run and llm.must_be_fetched(run.llm):
@@ -122,6 +130,22 @@ def check(
     llm.check_layers(path, ground.keep_layers, "--keep_layers")
     llm.check_layers(path, ground.fresh_layers, "--fresh_layers", ground.keep_layers)
     llm.check_layers(path, learn.encoder_layers, "--encoder_layers")
+
+
+def check_adapter(settings: GroundingArguments, world: env.World) -> None:
+    """Raise ValueError if the trained adapter is none, or of a world or LLM of other sizes."""
+    config = read_json(adapter_folder(settings.adapter) / "config.json")
+    theirs = {size: config.get(size) for size in ("observation_dim", "num_actions")}
+    ours = {size: getattr(world, size) for size in theirs}
+    if settings.keep_layers:
+        theirs["keep_layers"] = config["backbone_config"].get("num_hidden_layers")
+        ours["keep_layers"] = settings.keep_layers
+    for size, number in theirs.items():
+        if number != ours[size]:
+            made = f"--adapter {settings.adapter} was made with {size} {number}"
+            raise ValueError(
+                f"{made}, and this command has {ours[size]}; --adapter none trains one"
+            )
 
 
 def minutes(
