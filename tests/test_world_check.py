@@ -30,23 +30,31 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     "episodes without actions": ("    max_steps = 0", "max_steps must be a whole number of at"),
     "half a number": ("    observation_dim = 6.0", "observation_dim must be a whole number"),
     "three objects": ("    objects = 3", "num_actions must be a multiple of its 3 objects, got 8"),
-    "no kinds": ("    kinds = ()", "kinds must be a tuple of names, of one at least, got ()"),
-    "kinds, a text": ("    kinds = 'edge'", "kinds must be a tuple of names"),
-    "a wide state": ("    state_dim = 7", "initial_states must be an array (4, 7) of floating"),
-    "a wide view": ("    observation_dim = 8", "observe must be an array (8,) of float32, got"),
+    "no kinds": (
+        "    kinds = ()",
+        "check_goal raises ValueError: unknown kind 'edge'; kinds are unk",
+    ),
+    "a wide state": (
+        "    state_dim = 7",
+        "initial_states must be a finite array (4, 7) of floating",
+    ),
+    "a wide view": ("    observation_dim = 8", "observe must be a finite array (8,) of float32"),
     "doubles": (
         method("observe", "return theirs.astype(float)"),
-        "observe must be an array (6,) of float32, got float64 (6,)",
+        "observe must be a finite array (6,) of float32, got ndarray float64 (6,)",
     ),
     "a view beyond the limit": (method("observe", "return theirs + 9"), "observe must be within"),
     "a view of a batch alone": (
         "    def observe(self, states):\n        return np.float32(states).reshape(-1, 6)",
-        "observe must be an array (6,) of float32, got float32 (1, 6)",
+        "observe must be a finite array (6,) of float32, got ndarray float32 (1, 6)",
     ),
-    "few starts": (method("initial_states", "return theirs[:1]"), "initial_states must be an"),
+    "few starts": (
+        method("initial_states", "return theirs[:1]"),
+        "initial_states must be a finite array",
+    ),
     "NaN": (
         method("step_batch", "return theirs * np.nan"),
-        "step_batch must be finite, got NaN or infinite values",
+        "step_batch must be a finite array (8, 6) of floating",
     ),
     "states changed in place": (
         method("step_batch", "args[0][:] = theirs; return theirs"),
@@ -106,7 +114,7 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     ),
     "an expert of floats": (
         method("expert_actions", "return theirs / 1"),
-        "expert_actions must be an array (4,) of integer, got float64 (4,)",
+        "expert_actions must be a finite array (4,) of integer, got ndarray float64 (4,)",
     ),
     "no expert": (
         "    expert_actions = env.World.expert_actions",
@@ -114,9 +122,12 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     ),
     "success as numbers": (
         method("success", "return 1.0 * theirs"),
-        "success must be an array (17,) of bool, got float64 (17,)",
+        "success must be a finite array (17,) of bool, got ndarray float64 (17,)",
     ),
-    "success of the batch": (method("success", "return theirs.any()"), "success must be an array"),
+    "success of the batch": (
+        method("success", "return theirs.any()"),
+        "success must be a finite array",
+    ),
     "success without a judge": (
         method("success", "return theirs | True"),
         "success must be False for kind 'unknown'",
@@ -124,7 +135,7 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     "reward without a judge": (method("reward", "return theirs + 1"), "reward must be 0 for kind"),
     "a potential of two columns": (
         method("potential", "return np.stack([theirs, theirs], 1)"),
-        "potential must be an array (17,) of number, got float64 (17, 2)",
+        "potential must be a finite array (17,) of number, got ndarray float64 (17, 2)",
     ),
     "a judge that has no imagination": (
         "    def success(self, goals, obs, next_obs, actions):\n        return obs[:, 0] > 9",
@@ -138,7 +149,10 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
         "    def plausibility(self, obs, next_obs):\n        return 1 // 0",
         "plausibility raises ZeroDivisionError",
     ),
-    "a list for an array": (method("success", "return [*theirs]"), "success must be an array"),
+    "a list for an array": (
+        method("success", "return [*theirs]"),
+        "success must be a finite array",
+    ),
     "no text": ("    def canonical_text(self, goal):\n        return ''", "canonical_text must be"),
     "no words for a goal": (
         "    def goal_in_words(self, goal):\n        pass",
@@ -146,7 +160,7 @@ BROKEN = {  # what the class has of its own, and what the sentence says after it
     ),
     "a picture of another size": (
         method("draw", "return theirs[1:]"),
-        "draw must be an array (64, 64, 3) of uint8, got uint8 (63, 64, 3)",
+        "draw must be a finite array (64, 64, 3) of uint8, got ndarray uint8 (63, 64, 3)",
     ),
     "a picture that needs an action": (
         "    def draw(self, obs, action, size=256):\n        return 255 // action",
