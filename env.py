@@ -66,6 +66,11 @@ def goal_from_json(record: dict, world: "World") -> Goal:
         if field not in record:
             raise ValueError(f"field {field!r} is missing")
     relations = record["relations"]
+    if isinstance(relations, str):  # as infos and recordings have them
+        try:
+            relations = json.loads(relations)
+        except (ValueError, RecursionError):
+            raise ValueError("field 'relations' is a text, and not JSON") from None
     if not isinstance(relations, (list, tuple)):
         raise ValueError("field 'relations' must be a list")
     for relation in relations:
@@ -428,7 +433,8 @@ class WorldEnv(gymnasium.Env):
     success at every step.
 
     world: a World, or its name as `make` takes it. reset options: "goal", a Goal or a text that
-    states one (default: a random training goal); "state", a (state_dim,) state.
+    states one, or with level, kind and relations as an info has them (default: a random training
+    goal); "state", a (state_dim,) state.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -451,6 +457,8 @@ class WorldEnv(gymnasium.Env):
         goal = options.get("goal")
         if goal is None:
             goal = self.world.sample_goals("offline", "train", 1, self.np_random)[0]
+        elif isinstance(goal, str) and "kind" in options:
+            goal = goal_from_json({**options, "text": goal}, self.world)
         elif isinstance(goal, str):
             goal = self.world.goal_of_text(goal)
         elif not isinstance(goal, Goal):

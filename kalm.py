@@ -45,6 +45,7 @@ from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
 from experiment.stages import Plan, Stage, do
+from experiment.world_check import check_world
 from ground import GroundingArguments, Tokenizer
 from model import KalmForRollouts
 from rl import LearnArguments
@@ -446,9 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "--traceback" in arguments:
             raise
         sentence = str(error)
-        if "unexpected pos" in sentence:  # how torch.save takes a write that fails
-            sentence = f"a file could not be written, is the disk full? ({sentence})"
-        if not isinstance(error, (ValueError, FloatingPointError)):
+        if not isinstance(error, (ValueError, FloatingPointError, OSError)):
             sentence = f"{type(error).__name__}: {sentence} (--traceback shows where)"
         if stages_begun:
             sentence = f"stage {stages_begun[-1]!r}: {sentence}; finished stages are kept"
@@ -475,19 +474,21 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     acting = episode.Acting(shared.goal, grounding.seed, methods)
     logs.check_trackers(grounding.report_to, manifest.run / "logs")
     world = env.make(shared.env)
-    novel_goals = imagining.novel_goals_of(world, seed)
+    check_world(world, imagining.split)
     of_stages = dict(zip(STAGES, (*found[1:], acting)))
     of_run = {"scale": shared.scale, "seed": seed, "env": shared.env, "llm": shared.llm}
     of_run |= command.hashes(shared)
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
-    command.check(shared, grounding, imagining, learning)
-    if collecting.data and "collect" in plan.names:
+    command.check(plan.names, world, shared, grounding, imagining, learning)
+    if "collect" in plan.names and collecting.data:
         formats.read_offline(collecting.data, world, seed)
+    if "imagine" in plan.names:
+        imagining.novel_goals_of(world, seed)
     dtype = command.dtype_of(grounding)
     run = Run(manifest.run, world, shared.llm, seed, dtype, [*grounding.report_to])
     todo = plan.to_do()
-    command.check_llm(shared, grounding, world, novel_goals, todo)
+    command.check_llm(shared, grounding, imagining, world, todo)
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
     run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))
     if shared.dry_run:

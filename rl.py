@@ -7,6 +7,7 @@ This file knows no grounded model and no particular world: data/transitions.py h
 """
 
 import difflib
+import io
 import itertools
 import json
 import math
@@ -334,6 +335,8 @@ def check_name(what: str, name: str, known: Sequence[str]) -> None:
 class Training:
     """What changes while an algorithm learns; a snapshot has all of it."""
 
+    PARTS = ("algorithm", "optimizer", "schedule")
+
     def __init__(self, algorithm: Algorithm, seeds: Sequence[int], device):
         config = algorithm.config
         self.algorithm = algorithm.to(device)
@@ -365,23 +368,20 @@ class Training:
         yield self.algorithm.policy(batch.goal, batch.obs)[0]
 
     def save(self, path: Path) -> None:
-        state = {
-            "algorithm": self.algorithm.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "generator": self.generator.get_state(),
-            "curve": self.curve,
-        }
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state |= {"generator": self.generator.get_state(), "curve": self.curve}
+        buffer = io.BytesIO()  # torch.save to a file has no words for a full disk
+        torch.save(state, buffer)
         with folder.replacing(path) as aside:
-            torch.save(state, aside)
+            aside.write_bytes(buffer.getbuffer())
 
     def restore(self, path: Path) -> None:
         """Go on from a snapshot of the same settings. Raises ValueError if it does not fit."""
         try:
+            folder.check_zip(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.algorithm.load_state_dict(state["algorithm"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            for name in self.PARTS:
+                getattr(self, name).load_state_dict(state[name])
             self.generator.set_state(state["generator"])
             self.curve = state["curve"]
         except Exception as error:  # a damaged file can raise anything

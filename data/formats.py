@@ -5,7 +5,6 @@ A rollout ends with its first success, or is truncated. This file knows nothing 
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -132,9 +131,6 @@ def _goal(recording, world):
     if "code" in record or "relations" not in record:
         goal = world.recorded_goal(record["goal"], record.get("code"))
         return replace(goal, level=record["level"])
-    if isinstance(record["relations"], str):
-        with rollouts.naming("relations, a text, is not JSON"):
-            record["relations"] = json.loads(record["relations"])
     return env.goal_from_json(record, world)
 
 

@@ -29,7 +29,10 @@ def recordings_of(path: Path) -> Iterator[dict]:
     """Episodes of a dataset folder as recordings (`formats.judged`). Raises ValueError."""
     data = path / "data" if (path / "data").is_dir() else path
     if not (data / "metadata.json").is_file():
-        raise ValueError("neither a rollouts dataset nor a Minari dataset, with metadata.json")
+        raise ValueError(
+            "neither one rollouts dataset, as save_to_disk writes it, nor a Minari dataset, which "
+            "has metadata.json"
+        )
     MinariStorage = package().dataset.minari_storage.MinariStorage
     metadata = MinariStorage.read_raw_metadata(data)
     if not {"observation_space", "action_space"} <= metadata.keys():

@@ -72,10 +72,11 @@ def text_of(field: str, value: object) -> str:
 
 
 def numbers(field: str, values: object) -> np.ndarray:
-    """The values, if they are an array of numbers."""
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
-        raise ValueError(f"{field} must be an array of numbers")
-    return values
+    """The values as an array, if they are numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{field} must be an array of numbers, got {type(values).__name__}")
+    return array
 
 
 def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.table import table_cast
 
 import env
@@ -39,7 +40,7 @@ def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
 
 
 def read_rollouts(path: str | Path, world: env.World, with_states: bool = False) -> list[dict]:
-    """Rollout records of a dataset folder, each checked by `check_record`.
+    """Rollout records of a dataset folder, checked.
 
     States, which are large, stay on disk unless they are wanted. Types that can be cast to ours
     will do. Raises ValueError that names the folder, the row and the field.
@@ -53,7 +54,8 @@ def read_rollouts(path: str | Path, world: env.World, with_states: bool = False)
                 for name, dtype in ARRAYS.items():
                     if record.get(name) is not None:
                         record[name] = np.array(record[name], dtype)
-                check_record(record, world)
+                check_arrays(record, world)
+                env.goal_from_json({**record, "text": record["goal"]}, world)
             records.append(record)
     return records
 
@@ -68,7 +70,12 @@ def _read_table(path, with_states):
     table.validate(full=True)  # what Arrow believes of a damaged file can end the process
     if len(table) == 0:
         raise ValueError("it has no rows")
-    return table_cast(table, datasets.Features(features).arrow_schema)
+    columns = {}
+    for name, feature in features.items():
+        with naming(f"column {name!r}"):
+            schema = datasets.Features({name: feature}).arrow_schema
+            columns[name] = table_cast(table.select([name]), schema)[name]
+    return pyarrow.table(columns)
 
 
 @contextlib.contextmanager
@@ -78,15 +85,11 @@ def naming(where: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # libraries raise whatever they meet in a damaged file
         words = " ".join(str(error).split())[:300]
-        if not isinstance(error, (ValueError, OSError)):
+        if isinstance(error, ImportError):
+            words += '; `pip install "minari[hdf5,arrow]"` has what these files need'
+        elif not isinstance(error, (ValueError, OSError)):
             words = f"damaged, or not of its format ({type(error).__name__}: {words})"
         raise ValueError(f"{where}: {words}") from error
-
-
-def check_record(record: dict, world: env.World) -> None:
-    """Raise ValueError that says what is wrong with a rollout record, if anything is."""
-    check_arrays(record, world)
-    env.goal_from_json({**record, "text": record["goal"]}, world)
 
 
 def check_arrays(arrays: dict, world: env.World) -> None:

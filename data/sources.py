@@ -13,11 +13,9 @@ import env
 
 
 def is_wanted(world: env.World, record: dict, keep: str) -> bool:
-    """Whether an imagined rollout is kept: matched (the judge), explained (the LLM's own words),
-    both or all. For a goal without a judge its explanation decides, whatever keep says.
-    """
+    """Whether an imagined rollout is kept: matched (judge), explained (own words), both or all."""
     if record["kind"] == env.UNJUDGED:
-        keep = "explained"
+        keep = "explained"  # all that can tell
     if keep in ("matched", "both") and not record["success"]:
         return False
     if keep in ("explained", "both"):
@@ -70,8 +68,7 @@ def relabel(
 ) -> list[dict]:
     """Real rollouts for novel goals that they happen to fulfil, spread evenly over those goals.
 
-    Of `pool` records, count new ones are made, or as many as there are. They are cut where they
-    first
+    Of `pool` records, count new ones are made, or as many as there are. They end where they first
     fulfil the goal; one-step goals, judged by the action as in the world, take that step alone.
     """
     chosen = [records[row] for row in rng.permutation(len(records))[:pool]]

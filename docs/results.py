@@ -136,7 +136,7 @@ def is_stale(run: Path, parent: Path, stages: list[str]) -> bool:
 
 def copy_run(parent: Path, run: Path) -> None:
     """A run's folder from its parent's: hard links, for every stage writes aside and renames. Logs,
-    which grow in place, are copied.
+    which grow in place, are copied. Raises ValueError while a process works in the parent's.
     """
     left_out = (".lock", "unfinished", "results.json", "report.html", "ablations.json")
 
@@ -145,7 +145,7 @@ def copy_run(parent: Path, run: Path) -> None:
         copy(source, target)
 
     ignore = shutil.ignore_patterns(*left_out)
-    with folder.replacing(run) as aside:
+    with folder.locked(parent), folder.replacing(run) as aside:
         shutil.copytree(parent, aside, copy_function=link, ignore=ignore)
 
 

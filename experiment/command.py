@@ -15,7 +15,7 @@ import env
 from data import llm
 from data.grounded import adapter_folder
 from experiment import probe
-from experiment.folder import Manifest, sha256
+from experiment.folder import Manifest, read_json, sha256
 from experiment.settings import absolute, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import LearnArguments
@@ -130,16 +130,19 @@ def bf16_is_fast() -> bool:
 
 
 def check(
-    run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
+    names: Sequence[str],
+    world: env.World,
+    run: RunArguments,
+    ground: GroundingArguments,
+    imagine: ImagineArguments,
+    learn: LearnArguments,
 ) -> None:
-    """Raise ValueError for what models or settings of two stages do not allow. Fetches the language
-    model if need be.
-    """
+    """Raise ValueError for what two stages' settings or the LLM, fetched here, do not allow."""
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
         filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
         raise ValueError(f"{filters} needs --self_check true")
-    if ground.adapter != "none":
-        adapter_folder(ground.adapter)
+    if "ground" in names and ground.adapter != "none":
+        check_adapter(ground, world)
     if learn.encoder != "llm":
         probe.check_encoder(llm.resolve(learn.encoder, "--encoder"))
     if run.dry_run and llm.must_be_fetched(run.llm):
@@ -153,8 +156,8 @@ def check(
 def check_llm(
     run: RunArguments,
     ground: GroundingArguments,
+    imagine: ImagineArguments,
     world: env.World,
-    novel_goals: Mapping[str, Sequence[env.Goal]],
     todo: Sequence[str],
 ) -> None:
     """Raise ValueError if a stage that is to be done needs a language model that cannot be used
@@ -166,9 +169,25 @@ def check_llm(
     if run.llm == llm.TINY or is_nowhere or not is_asked:
         return
     texts = []
-    for goals in novel_goals.values():
+    for goals in imagine.novel_goals_of(world, ground.seed).values():
         texts += [goal.text for goal in goals]
     probe.check(llm.resolve(run.llm), texts, world.max_steps, ground.keep_layers)
+
+
+def check_adapter(settings: GroundingArguments, world: env.World) -> None:
+    """Raise ValueError if the trained adapter is none, or of a world or LLM of other sizes."""
+    config = read_json(adapter_folder(settings.adapter) / "config.json")
+    theirs = {size: config.get(size) for size in ("observation_dim", "num_actions")}
+    ours = {size: getattr(world, size) for size in theirs}
+    if settings.keep_layers:
+        theirs["keep_layers"] = config["backbone_config"].get("num_hidden_layers")
+        ours["keep_layers"] = settings.keep_layers
+    for size, number in theirs.items():
+        if number != ours[size]:
+            made = f"--adapter {settings.adapter} was made with {size} {number}"
+            raise ValueError(
+                f"{made}, and this command has {ours[size]}; --adapter none trains one"
+            )
 
 
 def minutes(

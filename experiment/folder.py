@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Whatever a library raises in the block is an OSError in words where path's disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(path).free < 2**17:  # bytes, in which a library's buffer may not fit
+            raise OSError(f"No space left on the disk of {path} ({error})") from error
+        raise
+
+
 def write_json(path: Path, value) -> None:
     """JSON, written aside and renamed."""
     with replacing(path) as aside:
@@ -79,6 +91,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_zip(path: Path) -> None:
+    """Raise an exception where what torch.save wrote has changed, as torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        if changed := archive.testzip():
+            raise ValueError(f"{path}: {changed} has changed")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ This file knows numbers with a step, and nothing of what they measure.
 import contextlib
 import importlib.util
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -51,24 +52,39 @@ class LogLines(TrainerCallback):
         if state.is_world_process_zero:
             folder.append_json(self.path, **state.log_history[-1])
 
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Note the checksums of weights, which safetensors files lack."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sums = {path.name: folder.sha256(path) for path in checkpoint.glob("*.safetensors")}
+            folder.write_json(checkpoint / "sums.json", sums)
+
 
 def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is whole: the Trainer writes the state, a JSON file, last."""
+    """The newest checkpoint that is whole and unchanged."""
     found = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
     for checkpoint in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            folder.read_json(checkpoint / "trainer_state.json")
-        except ValueError:
-            continue
-        return str(checkpoint)
+        if _is_whole(checkpoint):
+            return str(checkpoint)
     return None
+
+
+def _is_whole(checkpoint):
+    try:
+        folder.read_json(checkpoint / "trainer_state.json")  # the Trainer writes it last
+        for path in checkpoint.glob("*.pt*"):
+            folder.check_zip(path)
+        for path in checkpoint.glob("sums.json"):
+            sums = folder.read_json(path)
+            return all(folder.sha256(checkpoint / name) == found for name, found in sums.items())
+        return True
+    except (ValueError, OSError, zipfile.BadZipFile):
+        return False
 
 
 @contextlib.contextmanager
 def curve(logs: Path, name: str, trackers: Sequence[str]) -> Iterator[Callable[[int, float], None]]:
-    """A function log(step, loss) that appends to LOGS/NAME.jsonl, begun anew, and tells
-    trackers.
-    """
+    """A function log(step, loss) for trackers and LOGS/NAME.jsonl, which is begun anew."""
     path = logs / f"{name}.jsonl"
     folder.remove(path)
     started = [_start(tracker, logs, name) for tracker in trackers]

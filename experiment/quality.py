@@ -13,9 +13,7 @@ import env
 def explanation_figures(
     world: env.World, records: Sequence[dict], explanations: Sequence[str]
 ) -> dict[str, float]:
-    """How often explanations of rollouts are right, as rates by part
-    (`World.explanation_scores`).
-    """
+    """How often explanations are right, as rates by part (`World.explanation_scores`)."""
     goals = [env.goal_of(record) for record in records]
     final = np.stack([record["observations"][-1] for record in records])
     scores = world.explanation_scores(goals, explanations, final)

@@ -105,9 +105,7 @@ class Run:
         return {level: read_rollouts(path, self.world) for level, path in folders.items()}
 
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
-        """count goals a level, few ones repeated in turn: trained ones, and novel ones that have a
-        judge.
-        """
+        """count judged goals a level, trained and novel ones; few are repeated in turn."""
         real, _ = self.real_rollouts()
         trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
         order = self.rng(5).permutation(len(trained))[:count]

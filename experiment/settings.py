@@ -66,9 +66,7 @@ class SettingsParser(HfArgumentParser):
         return found
 
     def check_names(self, arguments: Sequence[str], renamed: dict[str, str]) -> None:
-        """Raise ValueError for an option that there is not, with its present or the nearest
-        name.
-        """
+        """Raise ValueError for an unknown option, with its present or the nearest name."""
         _, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
@@ -109,8 +107,9 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
 
     A list becomes a text with commas. Raises ValueError that names the file and the key.
     """
+    advice = "write `name: value` lines, as in the config.yaml of a run"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
@@ -118,15 +117,9 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else getattr(error, "lineno", None)
         where = f"{path}, line {line}" if line else path
-        raise ValueError(
-            f"--config {where}: neither YAML nor JSON; write `name: value` lines, as in the "
-            "config.yaml of a run"
-        ) from None
+        raise ValueError(f"--config {where}: neither YAML nor JSON; {advice}") from None
     if not isinstance(found, dict):
-        raise ValueError(
-            f"--config {path}: write `name: value` lines, as in the config.yaml of a run; found a "
-            f"{type(found).__name__}"
-        )
+        raise ValueError(f"--config {path}: {advice}; found a {type(found).__name__}")
     arguments = []
     for name, value in found.items():
         if name not in parser.names.values():

@@ -23,8 +23,7 @@ from experiment.folder import Manifest
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of files to files: function(run, settings, work) with a folder for what is not
-    finished.
+    """A function of files to files: function(run, settings, folder for what is not finished).
 
     reads: names of stages; writes: files and folders below the run's. shared: which settings of the
     whole run its result follows from, beside its own.
@@ -52,32 +51,34 @@ class Plan:
     force: bool
 
     def record(self, name: str) -> dict:
-        """What a stage's result follows from: {run, settings, inputs}."""
+        """The settings that a stage's result follows from: {run, settings}. Reads no file."""
         settings = self.settings[name]
         recorded = getattr(settings, "recorded", lambda: dataclasses.asdict(settings))
-        inputs = getattr(settings, "inputs", dict)
         shared = {key: self.shared[key] for key in self.stages[name].shared}
-        return {"run": shared, "settings": recorded(), "inputs": inputs()}
+        return {"run": shared, "settings": recorded()}
+
+    def inputs(self, name: str) -> dict:
+        """Hashes of the files that a stage's settings name."""
+        return getattr(self.settings[name], "inputs", dict)()
 
     def fingerprint(self, name: str) -> str:
         """Hash of what a stage's result follows from; an input counts by content, not by name."""
         record = self.record(name)
-        counts = {**record["run"], **record["settings"], **record["inputs"]}
+        counts = {**record["run"], **record["settings"], **self.inputs(name)}
         return self.manifest.fingerprint(name, counts, self.stages[name].reads)
 
     def to_do(self) -> list[str]:
-        """The stages that are not done with these settings, or follow one that is not."""
+        """Stages that are not done so, or follow one. Raises ValueError if inputs are missing."""
         undone = []
         for name in self.names:
             follows = set(self.stages[name].reads) & set(undone)
-            if self.force or follows or not self.manifest.is_done(name, self.fingerprint(name)):
+            is_done = self.manifest.is_done(name, self.fingerprint(name))
+            if self.force or follows or not is_done:
                 undone.append(name)
         return undone
 
     def check(self, given: Iterable[str]) -> None:
-        """Raise ValueError where a stage lacks an input, or has one that was made with other
-        settings than this command gives.
-        """
+        """Raise ValueError where what a stage reads is missing, or made with other settings."""
         for name in self.names:
             for needed in self.stages[name].reads:
                 if needed not in (*self.names, *self.manifest.stages):
@@ -144,15 +145,17 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
                 earlier = manifest.begin(work, anew=plan.force)
         state.wait_for_everyone()
         transformers.set_seed(plan.shared["seed"])
-        began = time.time()
-        stage.function(run, plan.settings[name], work)
+        began = time.monotonic()
+        with folder.naming_full_disk(manifest.run):
+            stage.function(run, plan.settings[name], work)
         clear_device_cache(garbage_collection=True)  # models leave the device with their stage
         state.wait_for_everyone()
-        seconds = round(earlier + time.time() - began, 1)
+        seconds = round(earlier + time.monotonic() - began, 1)
         if state.is_main_process:
             if stage.writes:
                 record = {"fingerprint": plan.fingerprint(name), **plan.record(name)}
-                manifest.stages[name] = {**record, "time_s": seconds, "files": {}}
+                record |= {"inputs": plan.inputs(name), "time_s": seconds, "files": {}}
+                manifest.stages[name] = record
                 leave_records(plan, name)
                 manifest.note(name, stage.writes)
                 log = manifest.run / "logs" / "stages.jsonl"
@@ -162,9 +165,7 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
 
 
 def leave_records(plan: Plan, name: str) -> None:
-    """What a finished stage leaves beside its result: the settings of all stages that are done in
-    config.yaml, and these and the seconds of each in results.json.
-    """
+    """Settings of all stages that are done -> config.yaml, and with seconds -> results.json."""
     run, done = plan.manifest.run, plan.manifest.stages
     hashes = ("world_file", "llm_weights")
     config = {name: value for name, value in plan.shared.items() if name not in hashes}

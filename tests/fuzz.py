@@ -124,8 +124,8 @@ TYPES = ["U3", "S3", "f2", "i1", "u8", "f8", "?", "U200"]
 def mutate_arrays(arrays, rng):
     """The dict with a field or two of another shape, type, content or name, or gone."""
     arrays = dict(arrays)
-    for name in {pick(rng, list(arrays)), pick(rng, list(arrays))}:
-        value = np.array(arrays.pop(name))
+    names = {pick(rng, list(arrays)), pick(rng, list(arrays))}
+    for name, value in [(name, np.array(arrays.pop(name))) for name in names]:
         if value.dtype.kind in "fiub" and value.size and rng.random() < 0.5:
             value = value.astype(np.float64)
             value.flat[rng.integers(value.size)] = pick(rng, NUMBERS)

@@ -269,6 +269,8 @@ def test_reset_takes_a_goal_and_a_state_and_the_episode_ends_by_success_or_limit
     [
         {"goal": 3},
         {"goal": Goal("x", "easy", "step", (("mauve", None, "left"),))},
+        {"goal": "x", "kind": "step"},
+        {"goal": "x", "level": "easy", "kind": "step", "relations": "[["},
         {"state": np.zeros(5)},
         {"state": np.full(69, np.nan)},
     ],
@@ -291,6 +293,9 @@ def test_info_tells_the_same_things_at_every_step(name):
         {**record, "relations": json.loads(first["relations"])}, world_env.world
     )
     assert goal == world_env.goal and first["success"] is False
+    again = WorldEnv(name)
+    assert again.reset(options=first)[1]["relations"] == first["relations"]
+    assert again.goal == goal and (again.state == first["state"]).all()
     first["state"][:] = 7  # is a copy
     assert not (world_env.state == 7).all() and not (later["state"] == 7).all()
 

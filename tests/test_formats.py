@@ -92,6 +92,7 @@ SAME = {  # other ways to write the same
     "a last axis": lambda a: {name: a[name][..., None] for name in ("actions", "masks")},
     "no last axis": lambda a: {name: a[name][..., 0] for name in ("rewards", "terminals")},
     "big-endian": lambda a: {"actions": a["actions"].astype(">f8")},
+    "lists of numbers": lambda a: {k: a[k].tolist() for k in ("observations", "actions", "masks")},
     "numpy's numbers": lambda a: {"num_trajectories": np.int64(12)},
 }
 
@@ -208,7 +209,11 @@ FILES = [  # name, content made of a recording, what is said
     ("x.npz", lambda a: npz({**a, "masks": HUGE}), ": damaged"),
     ("x.npz", lambda a: npz({k: a[k][:0] for k in a}), ": 0 of 0 rollouts"),
     ("x.npz", lambda a: npz({**damage(a, "goals", None), **DO}), ", row 0: instructions: cannot"),
-    ("x.npz", lambda a: npz({**damage(a, "goals", None), **DEEP}), ", row 0: relations, a text"),
+    (
+        "x.npz",
+        lambda a: npz({**damage(a, "goals", None), **DEEP}),
+        ", row 0: field 'relations' is a text",
+    ),
 ]
 
 
@@ -227,7 +232,7 @@ def test_what_no_offline_data_can_be_is_refused(world, tmp_path, goal, steps, pl
     record = env.rollout_record(world, goal, seen, np.zeros(steps, int))
     write_rollouts(tmp_path / "own", [record])
     assert_refused(tmp_path / "own", world, f", row 0: {said}")
-    assert_refused(tmp_path, world, ": neither a rollouts dataset nor a Minari")
+    assert_refused(tmp_path, world, ": neither one rollouts dataset")
 
 
 def test_more_than_the_limit_is_not_unpacked(world, recorded, tmp_path, monkeypatch):

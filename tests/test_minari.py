@@ -23,6 +23,13 @@ def test_without_minari_one_sentence_says_what_to_install(world, rollouts, tmp_p
         formats.read(tmp_path, world)
 
 
+def test_without_h5py_one_sentence_says_what_to_install(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    path = write(tmp_path / "a.hdf5", b"")
+    with pytest.raises(ValueError, match=r'a.hdf5: .*h5py.*pip install "minari\[hdf5,arrow\]"'):
+        formats.read(path, world)
+
+
 def imaginary(world, rollouts):
     """Imagined records of every kind, with what the model says of them."""
     rng, records = np.random.default_rng(3), []
@@ -49,6 +56,10 @@ def test_what_is_written_combines_filters_and_recovers(world, rollouts, tmp_path
     for episode, r in zip(parts[0], rollouts[:5]):
         np.testing.assert_array_equal(episode.infos["state"], r["states"])
         assert episode.terminations.nonzero()[0] == [len(r["actions"]) - 1]
+    for episode, r in zip(parts[1], sources["imagined"]):
+        ends = [[*column] for column in (episode.terminations, episode.truncations)]
+        unfinished = [False] * (len(r["actions"]) - 1)  # and a limit of time is no terminal
+        assert ends == [[*unfinished, r["success"]], [*unfinished, not r["success"]]]
     assert parts[0].recover_environment().observation_space == parts[0].observation_space
     both = minari.combine_datasets(parts, "kalm/all-v0")
     records = formats.read(tmp_path / "kalm" / "all-v0", world)[0]
@@ -82,6 +93,28 @@ def test_what_minari_records_is_read_with_goals_that_no_sentence_tells(
     for record, episode in zip(records, episodes):
         states = np.array(episode.infos["state"])[: len(record["states"])]
         np.testing.assert_array_equal(record["states"], states)
+
+
+@pytest.mark.parametrize("data_format", ("hdf5", "arrow", "parquet"))
+def test_what_its_collector_records_is_read(world, tmp_path, monkeypatch, data_format):
+    pytest.importorskip("jax", reason="minari.DataCollector needs jax")
+    import minari
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng, goals = np.random.default_rng(4), []
+    face = gymnasium.make("KALM/ClevrRobot-v0")
+    face = minari.DataCollector(face, record_infos=True, data_format=data_format)
+    for level in env.NOVEL_LEVELS:
+        goals += world.sample_goals(level, "test", 3, rng)
+    for goal in goals:
+        record = {**goal.to_json(), "relations": json.dumps(goal.to_json()["relations"])}
+        face.reset(options={"goal": record.pop("text"), **record})
+        is_over = False
+        for action in rng.integers(40, size=5):
+            is_over = is_over or any(face.step(int(action))[2:4])
+    face.create_dataset("kalm/mine-v0")
+    records, notes = formats.read(tmp_path / "kalm" / "mine-v0", world)
+    assert [env.goal_of(r) for r in records] == goals and not notes["contradicted"]
 
 
 def test_a_goal_in_attributes_is_read_and_a_short_info_left_out(world, tmp_path):

@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 
+import pytest
 from conftest import ROOT
 
 import kalm
@@ -40,6 +41,9 @@ def test_a_run_begins_with_its_parents_files_and_leaves_them(smoke_run, tmp_path
     assert not (run / "results.json").exists() and (parent / ".lock").stat().st_nlink == 1
     assert (run / "quality.json").samefile(parent / "quality.json")
     assert {path: path.read_bytes() for path in before} == before
+    with folder.locked(parent), pytest.raises(ValueError, match="in use by another process"):
+        results.copy_run(parent, tmp_path / "two")  # a parent at work is no parent yet
+    assert not (tmp_path / "two").exists()
     assert not results.is_stale(run, parent, ["learn"])
     manifest = folder.read_json(parent / "manifest.json")
     manifest["stages"]["ground"]["fingerprint"] = "another"

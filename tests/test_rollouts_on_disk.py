@@ -65,7 +65,19 @@ def test_columns_that_are_missing_or_of_no_use_are_named(world, rollouts, tmp_pa
     write_rollouts(tmp_path / "own", rollouts[:2])
     assert all("states" not in record for record in read_rollouts(tmp_path / "own", world))
     short = datasets.load_from_disk(str(tmp_path / "own")).remove_columns("rewards")
-    for name, data in (("short", short), ("texts", short.add_column("rewards", ["much", "more"]))):
+    for name, data, said in (
+        ("short", short, ".*'rewards'"),
+        ("texts", short.add_column("rewards", ["much", "more"]), "column 'rewards': "),
+    ):
         data.save_to_disk(str(tmp_path / name))
-        with pytest.raises(ValueError, match=f"{name} is not a rollouts dataset: "):
+        with pytest.raises(ValueError, match=f"{name} is not a rollouts dataset: {said}"):
             read_rollouts(tmp_path / name, world)
+
+
+def test_several_datasets_in_one_folder_are_refused_by_their_name(world, rollouts, tmp_path):
+    write_rollouts(tmp_path / "own", rollouts[:2])
+    data = datasets.load_from_disk(str(tmp_path / "own"))
+    datasets.DatasetDict(train=data, test=data).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(ValueError, match="both: neither one rollouts dataset, as save_to_disk"):
+        formats.read(tmp_path / "both", world)
+    assert_same(formats.read(tmp_path / "both" / "train", world)[0], rollouts[:2])

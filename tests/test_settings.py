@@ -109,11 +109,17 @@ JSON = """{\t"scale": "smoke", "learning_rate": 1e-5, "methods": "bc,cql", "bala
 """
 
 
-@pytest.mark.parametrize("name, text", [("mine.yaml", YAML), ("mine.json", JSON)])
+BOM = "\ufeff"  # as editors of Windows begin a file
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("mine.yaml", YAML), ("mine.json", JSON), ("bom.yaml", BOM + YAML), ("bom.json", BOM + JSON)],
+)
 def test_settings_come_from_the_command_line_then_the_config_file_then_the_scale(
     tmp_path, name, text
 ):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     found = parsed("--config", tmp_path / name, "--episodes", 3)
     assert found["episodes"] == 3
     assert (found["learning_rate"], found["methods"], found["temperatures"]) == (
