@@ -40,8 +40,8 @@ import rollout
 from data import formats, grounded, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
-from experiment import card, command, episode, evaluation, logs, report
-from experiment.evaluation import EvaluateArguments
+from experiment import card, command, episode, logs, report
+from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
 from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
@@ -319,26 +319,22 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     all_goals = sum(goals.values(), [])
     rngs = [run.rng(7, number) for number in range(learned.seeds)]
     starts = [env.unfulfilled_states(run.world, rng, all_goals) for rng in rngs]
-    episodes = evaluation.Episodes(goals, starts)
-    trials = evaluation.trials(learned, settings)
-    mine = trials[state.process_index :: state.num_processes]
+    evaluation = Evaluation(learned, settings, goals, starts)
+    all_trials = trials(learned, settings)
+    mine = all_trials[state.process_index :: state.num_processes]
     of_policies = [trial for trial in mine if trial.method != rl.LLM]
-    won = evaluation.play(
-        run.world, run.folder / "policies", of_policies, episodes, learned, settings
-    )
+    won = evaluation.play(run.world, run.folder / "policies", of_policies)
     if len(of_policies) < len(mine):
         steps = min(settings.episode_steps, run.world.max_steps)
         records = play_llm(run, run.load_grounded(), all_goals, starts[0], steps)
         won.append((mine[0], np.array([record["success"] for record in records])))
     won = dict(gather_object(won))
-    if not state.is_main_process:
-        return
-    grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
-    del grounding["log"]
-    imagination = folder.read_json(run.folder / "quality.json")
-    results = evaluation.results_of(won, episodes, learned, settings)
-    results |= {"quality": imagination, "grounding": grounding}
-    folder.write_json(run.folder / "results.json", results)
+    if state.is_main_process:
+        grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
+        del grounding["log"]
+        imagination = folder.read_json(run.folder / "quality.json")
+        results = {**evaluation.results(won), "quality": imagination, "grounding": grounding}
+        folder.write_json(run.folder / "results.json", results)
 
 
 def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
@@ -386,7 +382,7 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
             (record,) = play_llm(run, model, [goal], start, run.world.max_steps)
         else:
             path = run.folder / "policies" / f"{method}.safetensors"
-            policy = evaluation.read_policy(path, 0, table, [goal])
+            policy = read_policy(path, 0, table, [goal])
             (record,) = env.run_episodes(run.world, policy, [goal], start)
         with run.autocast():
             record["explanation"] = rollout.explain(*model, [record])[0]

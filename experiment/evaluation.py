@@ -39,13 +39,11 @@ class EvaluateArguments:
 # Acting
 
 
-def policy_of(
-    parts: Sequence[Tensor], seed_index: int, goals: Tensor, observation_scale: float
-) -> env.Policy:
+def policy_of(parts: Sequence[Tensor], seed_index: int, goals: Tensor, scale: float) -> env.Policy:
     """A greedy policy for episodes of which number i pursues the goal encoded in goals[i].
 
-    parts: weights and biases as `load_policy` gives them. What the first layer makes of the goals
-    (B, hidden) is computed here, once for all steps.
+    parts, scale: as `load_policy` gives them. What the first layer makes of the goals (B, hidden)
+    is computed here, once for all steps.
     """
     first, first_bias, *rest = [part[seed_index].clone() for part in parts]
     observation_dim = len(first) - goals.shape[1]
@@ -54,7 +52,7 @@ def policy_of(
 
     @torch.inference_mode()
     def act(obs, rows):
-        x = torch.addmm(from_goals[rows], torch.as_tensor(obs) / observation_scale, of_obs)
+        x = torch.addmm(from_goals[rows], torch.as_tensor(obs) / scale, of_obs)
         for weight, bias in zip(rest[::2], rest[1::2]):
             x = torch.addmm(bias, F.relu(x), weight)
         return x.argmax(-1).numpy()
@@ -62,9 +60,7 @@ def policy_of(
     return act
 
 
-def read_policy(
-    path: Path, seed_index: int, table: GoalTable, goals: Sequence[env.Goal]
-) -> env.Policy:
+def read_policy(path: Path, seed_index: int, table: GoalTable, goals) -> env.Policy:
     """The policy of one seed in a file, for episodes that pursue these goals."""
     parts, _, scale = load_policy(path)
     return policy_of(parts, seed_index, table.of_texts([goal.text for goal in goals]), scale)
@@ -77,41 +73,35 @@ def successes(
     starts: Sequence[ndarray],
     max_steps: int,
 ) -> list[ndarray]:
-    """Which episodes of several policies succeed: (b,) bool for each policy.
+    """Which episodes of several policies succeed: (b,) bool for each, as `env.run_episodes` has it.
 
-    goals, starts: those of each policy's episodes, b goals and (b, state_dim). One call of the
-    physics moves the episodes of all policies.
+    goals, starts: of each policy's episodes, b goals and (b, state_dim). One call of the physics
+    moves the episodes of all.
     """
-    if not policies:
-        return []
-    ends = np.cumsum([len(states) for states in starts])
-    begins = np.append(0, ends[:-1])
-    won = np.zeros(ends[-1], bool)
-
-    def act(obs, rows):
-        actions = np.zeros(len(rows), int)
-        bounds = np.searchsorted(rows, [begins, ends]).T  # rows that still run are in order
-        for policy, first, (begin, end) in zip(policies, begins, bounds):
-            if begin < end:
-                actions[begin:end] = policy(obs[begin:end], rows[begin:end] - first)
-        return actions
-
+    bounds = np.cumsum([0, *map(len, starts)])
     encoded = np.concatenate([world.encode_goals(own) for own in goals])
     one_step = world.one_step(encoded)
-    running = np.arange(len(won))
     states = np.concatenate(starts)
+    won = np.zeros(len(states), bool)
+    running = np.arange(len(states))
     for _ in trange(max_steps, desc="evaluate policies", leave=False):
         if len(running) == 0:
             break
         before = world.observe(states)
-        actions = act(before, running)
+        actions = []
+        still = np.searchsorted(running, bounds)  # where each policy's rows begin and end now
+        for number, policy in enumerate(policies):
+            own = slice(still[number], still[number + 1])
+            if own.start < own.stop:
+                actions.append(policy(before[own], running[own] - bounds[number]))
+        actions = np.concatenate(actions)
         states = step_distinct(world, states, actions)
         met = world.success(encoded[running], before, world.observe(states), actions)
         won[running] = met
         goes_on = ~met & ~one_step[running]
         running = running[goes_on]
         states = states[goes_on]
-    return np.split(won, ends[:-1])
+    return np.split(won, bounds[1:-1])
 
 
 def step_distinct(world: env.World, states: ndarray, actions: ndarray) -> ndarray:
@@ -137,7 +127,7 @@ class Trial(NamedTuple):
 
 
 def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
-    """All that is evaluated, the last checkpoints first: they have the most episodes."""
+    """All that is evaluated: first the LLM, then policies, the last checkpoints before others."""
     if settings.report_last > learned.last_checkpoints:
         raise ValueError(
             f"--report_last {settings.report_last}: the policies were learned with "
@@ -151,113 +141,91 @@ def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
 
 
 @dataclass(frozen=True)
-class Episodes:
-    """What is played: for each level as many goals; starts (episodes, state_dim) for each seed."""
+class Evaluation:
+    """Who is evaluated in which episodes: for each level as many goals, and for each seed starts
+    (episodes of all levels, state_dim). A checkpoint that only curves are made of plays the first
+    `curve_episodes` of each level.
+    """
 
+    learned: LearnArguments
+    settings: EvaluateArguments
     goals: dict[str, list[env.Goal]]
     starts: list[ndarray]
 
-    def rows(self, level: str, count: int) -> ndarray:
-        """Where the first so many episodes of a level are among those of all, or all it has."""
-        of_a_level = len(self.goals[level])
-        first = of_a_level * list(self.goals).index(level)
-        return np.arange(first, first + min(count, of_a_level))
+    @property
+    def reported_steps(self) -> list[int]:
+        """The checkpoints that play all episodes."""
+        return self.learned.checkpoints[-self.settings.report_last :]
+
+    def rows(self, level: str, of_curve: bool) -> ndarray:
+        """Which episodes of all are those of a level."""
+        every = len(self.goals[level])
+        first = every * list(self.goals).index(level)
+        count = min(self.settings.curve_episodes, every) if of_curve else every
+        return np.arange(first, first + count)
+
+    def play(self, world: env.World, policies: Path, mine: Sequence[Trial]) -> list[tuple]:
+        """(trial, successes) of trials whose policies are in a folder. successes: (episodes,) bool,
+        False where it did not play.
+        """
+        table = GoalTable.load(policies / "goals.safetensors")
+        all_goals = sum(self.goals.values(), [])
+        acting = []
+        goals = []
+        starts = []
+        rows_of_trials = []
+        for method, seed_index, step in mine:
+            of_curve = step not in self.reported_steps
+            rows = np.concatenate([self.rows(level, of_curve) for level in self.goals])
+            rows_of_trials.append(rows)
+            goals.append([all_goals[row] for row in rows])
+            starts.append(self.starts[seed_index][rows])
+            path = policies / self.learned.policy_file(method, step)
+            acting.append(read_policy(path, seed_index, table, goals[-1]))
+        steps = min(self.settings.episode_steps, world.max_steps)
+        played = []
+        won_by_trial = successes(world, acting, goals, starts, steps) if mine else []
+        for trial, rows, won in zip(mine, rows_of_trials, won_by_trial):
+            won_of_all = np.zeros(len(all_goals), bool)
+            won_of_all[rows] = won
+            played.append((trial, won_of_all))
+        return played
+
+    def results(self, won: Mapping[Trial, ndarray]) -> dict:
+        """What results.json has of policies: success by method and level, the goals of these
+        episodes, success over training, and the paper's figure, the mean of the last checkpoints.
+        """
+        results = {"success": {}, "goals": {}, "curves": {}, "last_checkpoints": {}}
+        for level, goals in self.goals.items():
+            results["goals"][level] = [goal.text for goal in goals]
+            rows = self.rows(level, of_curve=False)
+            few = self.rows(level, of_curve=True)
+            for method in self.learned.method_list:
+                learns = method != LLM
+                seeds = range(self.learned.seeds if learns else 1)
+                steps = self.reported_steps if learns else [self.learned.rl_steps]
+                outcomes = []
+                for seed in seeds:
+                    of_steps = [won[Trial(method, seed, step)][rows] for step in steps]
+                    outcomes.append(np.concatenate(of_steps))
+                cell = cell_of(outcomes)
+                cell["outcomes"] = ["".join(map(str, own.astype(int))) for own in outcomes]
+                results["success"].setdefault(method, {})[level] = cell
+                if learns and len(self.learned.checkpoints) > 1:
+                    curve = []
+                    for step in self.learned.checkpoints:
+                        rates = [won[Trial(method, seed, step)][few].mean() for seed in seeds]
+                        curve.append([step, [float(rate) for rate in rates]])
+                    last = [rates for _, rates in curve[-self.learned.last_checkpoints :]]
+                    results["curves"].setdefault(method, {})[level] = curve
+                    cell = {**cell_of(np.transpose(last)), "episodes": len(few) * np.size(last)}
+                    results["last_checkpoints"].setdefault(method, {})[level] = cell
+        return results
 
 
-def play(
-    world: env.World,
-    folder: Path,
-    mine: Sequence[Trial],
-    episodes: Episodes,
-    learned: LearnArguments,
-    settings: EvaluateArguments,
-) -> list[tuple[Trial, ndarray]]:
-    """Trials of policies in a folder, each with its successes (episodes,).
-
-    A checkpoint that only the curves are made of plays the first episodes of each level; the others
-    count as lost there, and are not read.
-    """
-    table = GoalTable.load(folder / "goals.safetensors")
-    all_goals = sum(episodes.goals.values(), [])
-    few = [episodes.rows(level, settings.curve_episodes) for level in episodes.goals]
-    rows_of_step = dict.fromkeys(learned.checkpoints, np.concatenate(few))
-    for step in learned.checkpoints[-settings.report_last :]:
-        rows_of_step[step] = np.arange(len(all_goals))
-    policies = []
-    goals = []
-    starts = []
-    for method, seed_index, step in mine:
-        rows = rows_of_step[step]
-        goals.append([all_goals[row] for row in rows])
-        starts.append(episodes.starts[seed_index][rows])
-        path = folder / learned.policy_file(method, step)
-        policies.append(read_policy(path, seed_index, table, goals[-1]))
-    steps = min(settings.episode_steps, world.max_steps)
-    played = []
-    for trial, won in zip(mine, successes(world, policies, goals, starts, steps)):
-        won_of_all = np.zeros(len(all_goals), bool)
-        won_of_all[rows_of_step[trial.step]] = won
-        played.append((trial, won_of_all))
-    return played
-
-
-# ----------------------------------------------------------------------------------------------
-# Figures
-
-
-def cell_of(rates: Sequence[float], episodes: int) -> dict:
-    """A method's success at a level. rates: of its seeds; episodes: of each of them."""
-    rates = [float(rate) for rate in rates]
+def cell_of(outcomes: Sequence[ndarray]) -> dict:
+    """A method's success at a level from the outcomes of each seed."""
+    rates = [float(np.mean(own)) for own in outcomes]
+    episodes = sum(len(own) for own in outcomes)
     mean_and_deviation = {"mean": float(np.mean(rates)), "std": float(np.std(rates))}
-    return {**mean_and_deviation, "seeds": rates, "episodes": episodes * len(rates)}
-
-
-def success_of(won: Mapping[Trial, ndarray], method: str, seeds, steps, rows: ndarray) -> dict:
-    """The success of a method in some episodes, after some numbers of steps, one after the other.
-
-    Its outcomes are for each seed a text of 0 and 1.
-    """
-    of_seeds = []
-    for seed in seeds:
-        of_steps = [won[Trial(method, seed, step)][rows] for step in steps]
-        of_seeds.append(np.concatenate(of_steps))
-    cell = cell_of([outcomes.mean() for outcomes in of_seeds], len(of_seeds[0]))
-    texts = ["".join(map(str, outcomes.astype(int))) for outcomes in of_seeds]
-    return {**cell, "outcomes": texts}
-
-
-def results_of(
-    won: Mapping[Trial, ndarray],
-    episodes: Episodes,
-    learned: LearnArguments,
-    settings: EvaluateArguments,
-) -> dict:
-    """What results.json has of policies: success by method and level, the goals of its episodes,
-    success over training, and what the paper reports, the mean of the last checkpoints.
-    """
-    goals = {}
-    for level, own in episodes.goals.items():
-        goals[level] = [goal.text for goal in own]
-    success = {}
-    curves = {}
-    last_checkpoints = {}
-    for method in learned.method_list:
-        seeds = range(1 if method == LLM else learned.seeds)
-        steps = [learned.rl_steps] if method == LLM else learned.checkpoints
-        success[method] = {}
-        curves[method] = {}
-        last_checkpoints[method] = {}
-        for level in goals:
-            rows = episodes.rows(level, settings.episodes)
-            reported = steps[-settings.report_last :]
-            success[method][level] = success_of(won, method, seeds, reported, rows)
-            few = episodes.rows(level, settings.curve_episodes)
-            of_steps = [success_of(won, method, seeds, [step], few)["seeds"] for step in steps]
-            curves[method][level] = [list(point) for point in zip(steps, of_steps)]
-            last = of_steps[-learned.last_checkpoints :]
-            cell = cell_of(np.mean(last, axis=0), len(last) * len(few))
-            last_checkpoints[method][level] = cell
-        if len(steps) == 1:
-            del curves[method], last_checkpoints[method]
-    results = {"success": success, "goals": goals}
-    return {**results, "curves": curves, "last_checkpoints": last_checkpoints}
+    return {**mean_and_deviation, "seeds": rates, "episodes": episodes}

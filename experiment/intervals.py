@@ -2,17 +2,16 @@
 
 Another run would have other seeds and other goals, so both are drawn anew, with replacement: seeds
 once for all levels, goals within each level, a goal with all its episodes. This file knows rates as
-results.json has them: results["success"][METHOD] is a row, row[LEVEL]["outcomes"] has a text of 0
-and 1 for each seed, and results["goals"][LEVEL] the goal of each episode.
+results.json has them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
 
 DRAWS = 1000
-JUDGED = ("matched", "both")  # the values of --keep for which somebody knows what a goal means
+JUDGED = ("matched", "both")  # values of --keep for which somebody knows what a goal means
 
 
 def interval(outcomes: Sequence[ndarray], goals: Sequence[Sequence[str]]) -> tuple[float, float]:
@@ -26,40 +25,60 @@ def interval(outcomes: Sequence[ndarray], goals: Sequence[Sequence[str]]) -> tup
     drawn_seeds = rng.integers(seeds, size=(DRAWS, seeds))
     means = np.zeros(DRAWS)
     for values, texts in zip(outcomes, goals):
-        distinct, goal_of_episode, episodes = np.unique(
-            texts, return_inverse=True, return_counts=True
-        )
-        sums = np.zeros((len(distinct), seeds))  # over each goal's episodes
-        np.add.at(sums, goal_of_episode, values.T)
-        drawn = rng.integers(len(distinct), size=(DRAWS, len(distinct)))
+        _, goal, episodes = np.unique(texts, return_inverse=True, return_counts=True)
+        sums = np.zeros((len(episodes), seeds))  # over each goal's episodes
+        np.add.at(sums, goal, values.T)
+        drawn = rng.integers(len(sums), size=(DRAWS, len(sums)))
         rates = sums[drawn].sum(1) / episodes[drawn].sum(1, keepdims=True)  # (DRAWS, seeds)
         means += np.take_along_axis(rates, drawn_seeds, 1).mean(1) / len(outcomes)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 
-def outcomes_of(cell: Mapping) -> ndarray:
-    """Successes of a method at a level: (seeds, episodes) of 0 and 1."""
+def figure(
+    results: dict, row: dict, levels: Sequence[str], control: dict | None = None
+) -> tuple[float, float, float]:
+    """A method's mean success over levels, or its difference to a control's in the same episodes,
+    with the interval. row and control: as in results["success"].
+    """
+    means = []
+    outcomes = []
+    goals = []
+    for level in levels:
+        mean = row[level]["mean"]
+        values = outcomes_of(row[level])
+        if control:
+            mean -= control[level]["mean"]
+            values -= outcomes_of(control[level])
+        means.append(mean)
+        outcomes.append(values)
+        texts = results["goals"][level]
+        goals.append(texts * (values.shape[1] // len(texts)))  # each checkpoint played them all
+    low, high = interval(outcomes, goals)
+    return float(np.mean(means)), low, high
+
+
+def outcomes_of(cell: dict) -> ndarray:
+    """The successes in a cell of results["success"]: (seeds, episodes) of 0 and 1."""
     return np.array([list(text) for text in cell["outcomes"]], float)
 
 
-def rate_interval(
-    row: Mapping, goals: Mapping, levels: Sequence[str], control: Mapping | None = None
-) -> tuple[float, float]:
-    """The 95% interval of a row's mean success over levels, or of its difference to a control's."""
-    values = []
-    texts = []
-    for level in levels:
-        successes = outcomes_of(row[level])
-        if control is not None:
-            successes = successes - outcomes_of(control[level])
-        values.append(successes)
-        checkpoints = successes.shape[1] // len(goals[level])  # each of which played them all
-        texts.append(list(goals[level]) * checkpoints)
-    return interval(values, texts)
+def success_rows(results: dict, columns: Sequence[Sequence[str]]) -> list[tuple[str, list]]:
+    """Rows (name, figures) of each method, and below one with imagined rollouts its difference to
+    its control. columns: the levels that a figure is the mean of.
+    """
+    rows = []
+    for method, row in results["success"].items():
+        rows.append((method, [figure(results, row, levels) for levels in columns]))
+        name = control_of(method, results)
+        if name:
+            control = results["success"][name]
+            differences = [figure(results, row, levels, control) for levels in columns]
+            rows.append((f"  - {name.rpartition('+')[2]}", differences))
+    return rows
 
 
-def control_of(method: str, results: Mapping) -> str | None:
+def control_of(method: str, results: dict) -> str | None:
     """What a method with imagined rollouts is to be compared with, if the run has it.
 
     Where the judge chose among the imagined rollouts, the fair opponent has real ones that the
@@ -70,5 +89,4 @@ def control_of(method: str, results: Mapping) -> str | None:
         return None
     uses_judge = source == "both" or results["config"].get("keep", "matched") in JUDGED
     opponents = [f"{algorithm}+relabel", algorithm] if uses_judge else [algorithm]
-    found = [name for name in opponents if name in results["success"]]
-    return found[0] if found else None
+    return next((name for name in opponents if name in results["success"]), None)

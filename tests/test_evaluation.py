@@ -1,7 +1,5 @@
 """Evaluation: many policies in one batch of episodes, what is evaluated, and the figures of it."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ import rl
 from data.policies import load_policy, save_policy
 from data.transitions import GoalTable
 from experiment import evaluation
-from experiment.evaluation import EvaluateArguments, Trial
+from experiment.evaluation import EvaluateArguments, Evaluation, Trial
 from rl import LearnArguments
 
 SETTINGS = LearnArguments(rl_steps=100, curve_points=2, last_checkpoints=2, seeds=2, methods="bc")
@@ -78,7 +76,6 @@ def test_policies_together_do_as_each_alone_and_the_physics_computes_nothing_twi
     assert 0.2 < np.mean(alone) < 0.9 and len(moved) == 6
     for rows in moved:
         assert len(np.unique(rows, axis=0)) == len(rows)
-    assert evaluation.successes(world, [], [], [], 6) == []
 
 
 def test_the_last_policies_play_all_episodes_and_checkpoints_the_first_of_each_level(
@@ -102,17 +99,17 @@ def test_the_last_policies_play_all_episodes_and_checkpoints_the_first_of_each_l
     settings = EvaluateArguments(episodes=3, curve_episodes=2)
     trials = evaluation.trials(SETTINGS, settings)
     assert trials == [Trial("bc", seed, step) for step in (100, 98, 50) for seed in (0, 1)]
-    episodes = evaluation.Episodes(goals, [np.zeros((6, 1)), np.ones((6, 1))])
-    won = dict(evaluation.play(world, tmp_path, trials, episodes, SETTINGS, settings))
+    starts = [np.zeros((6, 1)), np.ones((6, 1))]
+    won = dict(Evaluation(SETTINGS, settings, goals, starts).play(world, tmp_path, trials))
     for trial in trials:
-        own_goals, starts = played[trial]
+        own_goals, own_starts = played[trial]
         assert len(own_goals) == (6 if trial.step == 100 else 4)
-        assert (starts == trial.seed_index).all()
+        assert (own_starts == trial.seed_index).all()
         expected = [1] * 6 if trial.step == 100 else [1, 1, 0, 1, 1, 0]
         assert won[trial].astype(int).tolist() == expected
     assert [goal.text for goal in played[trials[-1]][0]] == [*texts[:2], *texts[3:5]]
     settings = EvaluateArguments(episodes=3, curve_episodes=2, report_last=2)
-    won = dict(evaluation.play(world, tmp_path, trials, episodes, SETTINGS, settings))
+    won = dict(Evaluation(SETTINGS, settings, goals, starts).play(world, tmp_path, trials))
     assert [len(played[trial][0]) for trial in trials] == [6, 6, 6, 6, 4, 4]
 
 
@@ -125,11 +122,11 @@ WON = {  # one level; episodes 0 and 1 are those of the curve
 
 def figures(**options):
     settings = EvaluateArguments(episodes=3, curve_episodes=2, **options)
-    episodes = evaluation.Episodes({"hard": [env.Goal(text) for text in "abc"]}, [])
+    goals = {"hard": [env.Goal(text) for text in "abc"]}
     won = {Trial("bc", seed, step): np.array(x, bool) for (step, seed), x in WON.items()}
     won[Trial("llm", 0, 100)] = np.array([0, 1, 0], bool)
     learned = LearnArguments(**{**vars(SETTINGS), "methods": "bc,llm"})
-    return evaluation.results_of(won, episodes, learned, settings)
+    return Evaluation(learned, settings, goals, []).results(won)
 
 
 def test_figures_of_the_last_policies_over_training_and_of_the_last_checkpoints():
@@ -151,7 +148,3 @@ def test_the_papers_figure_is_the_mean_of_the_last_checkpoints():
     assert cell["outcomes"] == ["101111", "110010"]  # of one checkpoint, then of the next
     with pytest.raises(ValueError, match="--report_last 3: .* --last_checkpoints 2; raise it"):
         evaluation.trials(SETTINGS, EvaluateArguments(report_last=3))
-
-
-def test_a_run_has_figures_of_its_checkpoints(smoke_run):
-    assert len(list(Path(smoke_run / "policies" / "checkpoints").iterdir())) == 12

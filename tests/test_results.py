@@ -62,11 +62,17 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
     change("main", "cql", "easy", 0.6172)
     results.page(tmp_path, tmp_path)
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert re.search(r"^\| `cql` \|.*\| \.617 ± \.023 \|", page, re.M)
+    assert re.search(r"^\| `cql` \|.*\| \.617 \(\.\d\d, \.\d\d\) \|", page, re.M)
+    assert re.search(r"^\| `  - bc` \|.*\| -?\.\d+ \(", page, re.M)  # kept without a judge
+    assert re.search(r"^\| kept: everything - `bc` \|.*\.432 - ", page, re.M) is None
     assert re.search(r"^\| kept: everything \|.*\| \.432 \|", page, re.M)
     assert re.search(r"^\| four pre-trained layers, all four tasks \|", page, re.M)
     assert "four random layers" not in page + report  # a run that is not there has no row
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"curves.svg", "success.svg"}
+    assert {path.name for path in tmp_path.glob("*.svg")} == {
+        "curves.svg",
+        "success.svg",
+        "training.svg",
+    }
 
 
 def test_the_page_has_the_words_of_its_template():
