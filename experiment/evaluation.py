@@ -28,7 +28,7 @@ class EvaluateArguments:
 
     episodes: int = setting(200, "for each method, level and seed")
     episode_steps: int = setting(50, "actions in an episode at most")
-    curve_episodes: int = setting(25, "the same at each point of success over training")
+    curve_episodes: int = setting(40, "the same at each point of success over training")
     report_last: int = setting(1, "checkpoints whose mean is a method's success; the paper: 5")
 
     def __post_init__(self):
