@@ -29,8 +29,11 @@ def interval(outcomes: Sequence[ndarray], goals: Sequence[Sequence[str]]) -> tup
         sums = np.zeros((len(episodes), seeds))  # over each goal's episodes
         np.add.at(sums, goal, values.T)
         drawn = rng.integers(len(sums), size=(DRAWS, len(sums)))
-        rates = sums[drawn].sum(1) / episodes[drawn].sum(1, keepdims=True)  # (DRAWS, seeds)
-        means += np.take_along_axis(rates, drawn_seeds, 1).mean(1) / len(outcomes)
+        played = episodes[drawn].sum(1, keepdims=True)
+        of_seeds = sums[drawn].sum(1) / played  # (DRAWS, seeds)
+        of_drawn_seeds = np.take_along_axis(of_seeds, drawn_seeds, 1)
+        means += of_drawn_seeds.mean(1)
+    means /= len(outcomes)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
@@ -69,12 +72,14 @@ def success_rows(results: dict, columns: Sequence[Sequence[str]]) -> list[tuple[
     """
     rows = []
     for method, row in results["success"].items():
-        rows.append((method, [figure(results, row, levels) for levels in columns]))
+        figures = [figure(results, row, levels) for levels in columns]
+        rows.append((method, figures))
         name = control_of(method, results)
         if name:
             control = results["success"][name]
             differences = [figure(results, row, levels, control) for levels in columns]
-            rows.append((f"  - {name.rpartition('+')[2]}", differences))
+            source = name.rpartition("+")[2]
+            rows.append((f"  - {source}", differences))
     return rows
 
 
@@ -89,4 +94,7 @@ def control_of(method: str, results: dict) -> str | None:
         return None
     uses_judge = source == "both" or results["config"].get("keep", "matched") in JUDGED
     opponents = [f"{algorithm}+relabel", algorithm] if uses_judge else [algorithm]
-    return next((name for name in opponents if name in results["success"]), None)
+    for name in opponents:
+        if name in results["success"]:
+            return name
+    return None
