@@ -21,6 +21,7 @@ if __name__ == "__main__":
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin
 
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from data import formats, grounded, llm, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, logs, memory, report
+from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
 from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
@@ -63,11 +65,13 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",
         "encoder_layers": 0, "rl_steps": 60, "rl_batch": 32, "conservative_weight": 1.0, "seeds": 2,
         "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,llm", "rl_snapshot_steps": 20,
-        "episodes": 6, "episode_steps": 10,
+        "curve_points": 2, "last_checkpoints": 2, "episodes": 6, "episode_steps": 10,
+        "curve_episodes": 4,
     },
     "quick": {
         "train_goals": 1200, "novel_goals": 40, "starts_per_goal": 6, "step_starts": 10,
-        "temperatures": "1,1", "rl_steps": 3000, "seeds": 1, "episodes": 50,
+        "temperatures": "1,1", "rl_steps": 3000, "seeds": 1, "curve_points": 0,
+        "last_checkpoints": 1, "episodes": 50,
         "methods": "bc,bc+relabel,bc+kalm,llm", "adapter": "released",
     },
     "cpu": {"adapter": "released"},
@@ -84,7 +88,7 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "starts_per_goal": 50, "step_starts": 50, "temperatures": "1", "candidates": 1,
         "step_candidates": 1, "self_check": True, "imagined_steps": 50, "rl_steps": 500000,
         "rl_batch": 32, "rl_learning_rate": 6.25e-5, "conservative_weight": 10.0,
-        "imaginary_share": 0.5, "episodes": 400,
+        "imaginary_share": 0.5, "curve_points": 50, "episodes": 400, "report_last": 5,
     },
 }  # fmt: skip
 
@@ -105,17 +109,6 @@ class CollectArguments:
     def inputs(self) -> dict[str, str]:
         """Rollouts from elsewhere count by their content."""
         return {"data": formats.content_hash(self.data)} if self.data else {}
-
-
-@dataclass
-class EvaluateArguments:
-    """Success rates."""
-
-    episodes: int = setting(200, "for each method, level and seed")
-    episode_steps: int = setting(50, "actions in an episode at most")
-
-    def __post_init__(self):
-        at_least(1, self, "episodes", "episode_steps")
 
 
 @dataclass
@@ -284,7 +277,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     others = [goal.text for level in goals.values() for goal in level]
     others += [record["goal"] for record in held_out]
     encoder = run.load_encoder(settings.encoder, settings.encoder_layers)
-    table = rl.GoalTable.encode(trained_texts, others, *encoder)
+    table = rl.GoalTable.encode(trained_texts, others, *encoder, settings.goal_dimensions)
     buffer = rl.Buffer(real, table, state.device)
     config = settings.config(run.world.observation_scale, run.dtype == torch.bfloat16)
     seeds = [run.seed + number for number in range(settings.seeds)]
@@ -296,21 +289,22 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
             options = (settings.balance_goals, settings.dynamics_tolerance)
             extra.append(rl.Buffer(records, table, state.device, *options))
         extra = [imaginary for imaginary in extra if len(imaginary)]
+        files = {step: work / settings.policy_file(method, step) for step in settings.checkpoints}
         with logs.curve(run.folder / "logs", f"rl_{method}", run.trackers) as log:
-            network, curve = rl.learn(
+            _, curve = rl.learn(
                 rl.algorithm_of(method), buffer, extra, table.table, seeds, config,
-                run.world.num_actions, method, work / f"{method}.pt", log,
+                run.world.num_actions, method, work / f"{method}.pt", files, log,
             )  # fmt: skip
-        path = work / f"{method}.safetensors"
-        rl.save_policy(path, network, range(settings.seeds), method, config)
         curves.append((method, curve))
     curves = dict(gather_object(curves))
     if state.is_main_process:
         with folder.replacing(run.folder / "policies") as aside:
             aside.mkdir()
             table.save(aside / "goals.safetensors")
-            for method in methods:
-                shutil.copy(work / f"{method}.safetensors", aside)
+            for method, step in itertools.product(methods, settings.checkpoints):
+                name = settings.policy_file(method, step)
+                (aside / name).parent.mkdir(exist_ok=True)
+                shutil.copy(work / name, aside / name)
             losses = {method: [entry[:2] for entry in curves[method]] for method in methods}
             norms = {method: [entry[::2] for entry in curves[method]] for method in methods}
             folder.write_json(aside / "curves.json", losses)
@@ -326,55 +320,33 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     state = PartialState()
     learned = LearnArguments(**run.recorded("learn"))
     goals = run.goals_to_evaluate(settings.episodes)
-    episodes = sum(goals.values(), [])
-    level_of_episode = np.repeat(list(goals), settings.episodes)
+    all_goals = sum(goals.values(), [])
     rngs = [run.rng(7, number) for number in range(learned.seeds)]
-    starts = [env.unfulfilled_states(run.world, rng, episodes) for rng in rngs]
-    jobs = []
-    for method in learned.method_list:
-        policies = 1 if method == rl.LLM else learned.seeds
-        jobs += [(method, number) for number in range(policies)]
-    table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
-    model = run.load_grounded()
-    rates = []
-    for method, number in jobs[state.process_index :: state.num_processes]:
-        acting = (table, model, min(settings.episode_steps, run.world.max_steps))
-        records = play(run, method, number, episodes, starts[number], *acting)
-        won = np.array([record["success"] for record in records])
-        by_level = {level: float(won[level_of_episode == level].mean()) for level in goals}
-        rates.append((method, number, by_level))
-    rates = sorted(gather_object(rates), key=lambda rate: rate[1])
-    if not state.is_main_process:
-        return
-    success = {method: {} for method in learned.method_list}
-    for method, levels in success.items():
-        for level in goals:
-            of_seeds = [by_level[level] for name, _, by_level in rates if name == method]
-            cell = {"mean": float(np.mean(of_seeds)), "std": float(np.std(of_seeds))}
-            levels[level] = {
-                **cell,
-                "seeds": of_seeds,
-                "episodes": settings.episodes * len(of_seeds),
-            }
-    grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
-    del grounding["log"]
-    imagination = folder.read_json(run.folder / "quality.json")
-    results = {"success": success, "quality": imagination, "grounding": grounding}
-    folder.write_json(run.folder / "results.json", results)
+    starts = [env.unfulfilled_states(run.world, rng, all_goals) for rng in rngs]
+    evaluation = Evaluation(learned, settings, goals, starts)
+    all_trials = trials(learned, settings)
+    mine = all_trials[state.process_index :: state.num_processes]
+    of_policies = [trial for trial in mine if trial.method != rl.LLM]
+    won = evaluation.play(run.world, run.folder / "policies", of_policies)
+    if len(of_policies) < len(mine):
+        steps = min(settings.episode_steps, run.world.max_steps)
+        records = play_llm(run, run.load_grounded(), all_goals, starts[0], steps)
+        won.append((mine[0], np.array([record["success"] for record in records])))
+    won = dict(gather_object(won))
+    if state.is_main_process:
+        grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
+        del grounding["log"]
+        imagination = folder.read_json(run.folder / "quality.json")
+        results = {**evaluation.results(won), "quality": imagination, "grounding": grounding}
+        folder.write_json(run.folder / "results.json", results)
 
 
-def play(run, method, seed_index, goals, starts, table, model, max_steps) -> list[dict]:
-    """Episodes of a method, one a goal and start (B, state_dim). model: with its tokenizer."""
-    if method == rl.LLM:
-        obs = run.world.observe(starts)
-        options = {"states": starts, "max_steps": max_steps, "description": "the LLM as policy"}
-        with run.autocast():
-            return rollout.generate_all(*model, run.world, goals, obs, **options)
-    network, _, scale = rl.load_policy(run.folder / "policies" / f"{method}.safetensors")
-    rows = table.rows([goal.text for goal in goals])
-    policy = rl.policy_of(network, seed_index, table.table, rows, scale)
-    description = f"evaluate {method}" if len(goals) > 1 else None
-    return env.run_episodes(run.world, policy, goals, starts, max_steps, description)
+def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
+    """Episodes of the LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
+    obs = run.world.observe(starts)
+    options = {"states": starts, "max_steps": max_steps, "description": "the LLM as policy"}
+    with run.autocast():
+        return rollout.generate_all(*model, run.world, goals, obs, **options)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -410,7 +382,12 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
     rng = np.random.default_rng([settings.start_seed, 8])
     start = env.unfulfilled_states(run.world, rng, [goal])
     for method in episode.actors(run.folder, rl.method_names(), settings.methods):
-        record = play(run, method, 0, [goal], start, table, model, run.world.max_steps)[0]
+        if method == rl.LLM:
+            (record,) = play_llm(run, model, [goal], start, run.world.max_steps)
+        else:
+            path = run.folder / "policies" / f"{method}.safetensors"
+            policy = read_policy(path, 0, table, [goal])
+            (record,) = env.run_episodes(run.world, policy, [goal], start)
         with run.autocast():
             record["explanation"] = rollout.explain(*model, [record])[0]
         print(episode.write_account(run.folder, run.world, method, record, settings.start_seed))

@@ -9,21 +9,19 @@ This file knows no grounded model and no particular world: data/transitions.py h
 import difflib
 import io
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from tqdm import trange
 
 import env
 from data import finite
+from data.policies import save_policy
 from data.transitions import Batch, Buffer, GoalTable, encode_texts, sample_batch  # noqa: F401
 from experiment import folder
 from experiment.settings import absolute, at_least, setting
@@ -237,6 +235,7 @@ class AWAC(ActorCritic):
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"bc": BC, "cql": CQL, "iql": IQL, "awac": AWAC}
 SOURCES = ("", "+relabel", "+kalm", "+both")  # rollouts to learn from beside the real ones
+EPOCHS = 50  # of the paper's training curves
 LLM = "llm"  # the method that learns nothing: the grounded model acts
 
 
@@ -265,6 +264,7 @@ class LearnArguments:
     balance_goals: bool = setting(True, "draw imaginary batches by goal, not by transition")
     encoder: str = setting("llm", "of goals: llm (the base LLM), or a transformers model")
     encoder_layers: int = setting(4, "first layers of the base LLM to use; 0: all")
+    goal_dimensions: int = setting(0, "principal components of encodings to use; 0: all")
     rl_steps: int = setting(RLConfig.steps, "gradient steps of offline RL")
     rl_batch: int = setting(RLConfig.batch, "transitions a step and seed")
     rl_learning_rate: float = setting(RLConfig.lr, "of the policies")
@@ -276,10 +276,15 @@ class LearnArguments:
     )
     seeds: int = setting(3, "policies for each method")
     rl_snapshot_steps: int = setting(RLConfig.snapshot_steps, "gradient steps between snapshots")
+    curve_points: int = setting(
+        5, "policies kept, evenly over the steps, for success over training"
+    )
+    last_checkpoints: int = setting(5, "and so many a fiftieth of the steps apart, up to the end")
 
     def __post_init__(self):
         self.encoder = absolute(self.encoder, "llm")
-        at_least(1, self, "rl_steps", "rl_batch", "seeds", "rl_snapshot_steps")
+        at_least(1, self, "rl_steps", "rl_batch", "seeds", "rl_snapshot_steps", "last_checkpoints")
+        at_least(0, self, "curve_points", "goal_dimensions")
         at_least(0, self, "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")
         if self.keep not in ("matched", "explained", "both", "all"):
@@ -306,6 +311,21 @@ class LearnArguments:
     def learned_methods(self) -> list[str]:
         return [method for method in self.method_list if method != LLM]
 
+    @property
+    def checkpoints(self) -> list[int]:
+        """The gradient steps after which policies are kept; the last are all of them."""
+        steps = {self.rl_steps}
+        for number in range(1, self.curve_points):
+            steps.add(self.rl_steps * number // self.curve_points)
+        for number in range(1, self.last_checkpoints):
+            steps.add(self.rl_steps - self.rl_steps * number // EPOCHS)
+        return sorted(steps - {0})
+
+    def policy_file(self, method: str, step: int) -> str:
+        """Where, below policies/, that is kept which a method has learned after some steps."""
+        is_done = step == self.rl_steps
+        return f"{method}.safetensors" if is_done else f"checkpoints/{method}-{step}.safetensors"
+
     def config(self, observation_scale: float = 1.0, bf16: bool = False) -> RLConfig:
         """What `learn` and the algorithms take."""
         return RLConfig(
@@ -329,7 +349,7 @@ def check_name(what: str, name: str, known: Sequence[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# Training and acting
+# Training
 
 
 class Training:
@@ -411,12 +431,15 @@ def learn(
     num_actions: int,
     description: str = "",
     snapshot: Path | None = None,
+    checkpoints: Mapping[int, Path] | None = None,
     log: Callable[[int, float], None] | None = None,
 ) -> tuple[SeededMLP, list[tuple[int, float, float]]]:
     """Train one policy a seed, all at once.
 
     table: (goals, hidden) encodings. snapshot: a file; what an earlier call left there is where
-    this one goes on. log: called with (step, loss) a hundred times, first for what a snapshot has.
+    this one goes on. checkpoints: files for the policies after some of the steps, of which only the
+    last is in full precision. log: called with (step, loss) a hundred times, first for what a
+    snapshot has.
     Returns the policies and the learning curve, a list of (step, loss, gradient norm). Raises
     ValueError for an unknown algorithm or another's snapshot, FloatingPointError for NaN.
     """
@@ -448,53 +471,12 @@ def learn(
             training.curve.append((step, loss.mean().item(), norm.max().item()))
             if log:
                 log(*training.curve[-1][:2])
+        if checkpoints and step + 1 in checkpoints:
+            dtype = torch.float32 if step + 1 == steps else torch.float16
+            policy = training.algorithm.policy
+            parts = policy.parts(policy.flat.detach().to("cpu", dtype))
+            save_policy(checkpoints[step + 1], parts, seeds, name, config)
         is_due = (step + 1) % config.snapshot_steps == 0 or step + 1 == steps
         if snapshot and is_due:
             training.save(snapshot)
     return training.algorithm.policy, training.curve
-
-
-def policy_of(
-    network: SeededMLP, seed_index: int, table: Tensor, goal_rows, observation_scale: float
-) -> env.Policy:
-    """A greedy policy for `env.run_episodes`: episode i pursues the goal in row goal_rows[i]."""
-    device = network.flat.device
-    goals = table.to(device)[torch.as_tensor(goal_rows, device=device)]
-    parts = [part[seed_index].detach() for part in network.parts(network.flat)]
-
-    @torch.inference_mode()
-    def act(obs, rows):
-        obs = torch.as_tensor(obs, device=device) / observation_scale
-        x = torch.cat([obs, goals[torch.as_tensor(rows, device=device)]], -1)
-        x = torch.addmm(parts[1], x, parts[0])
-        for weight, bias in zip(parts[2::2], parts[3::2]):
-            x = torch.addmm(bias, F.relu(x), weight)
-        return x.argmax(-1).cpu().numpy()
-
-    return act
-
-
-def save_policy(path: Path, network: SeededMLP, seeds, method: str, config: RLConfig) -> None:
-    """All seeds of one method as one safetensors file."""
-    tensors = {}
-    for number, part in enumerate(network.parts(network.flat.detach().cpu())):
-        kind = "biases" if number % 2 else "weights"
-        tensors[f"{kind}.{number // 2}"] = part.contiguous()
-    metadata = {"method": method, "seeds": json.dumps([*seeds])}
-    metadata["config"] = json.dumps(asdict(config))
-    with folder.replacing(path) as aside:
-        save_file(tensors, str(aside), metadata)
-
-
-def load_policy(path: str | Path) -> tuple[SeededMLP, list[int], float]:
-    """Networks, seeds and observation scale of a file from `save_policy`."""
-    parts = []
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata()
-        for layer in range(len(file.keys()) // 2):
-            parts.append(file.get_tensor(f"weights.{layer}"))
-            parts.append(file.get_tensor(f"biases.{layer}"))
-    seeds = json.loads(metadata["seeds"])
-    network = SeededMLP(seeds, [parts[0].shape[1], *[bias.shape[2] for bias in parts[1::2]]])
-    network.flat.data = torch.cat([part.flatten(1) for part in parts], dim=1)
-    return network, seeds, json.loads(metadata["config"])["observation_scale"]

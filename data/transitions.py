@@ -42,32 +42,69 @@ def encode_texts(texts: Sequence[str], model, tokenizer, batch_size: int = 128) 
     return torch.cat(means)[np.argsort(order)]
 
 
+def principal_components(encodings: Tensor, count: int) -> Tensor:
+    """The directions in which encodings (N, width) of mean 0 differ most: (width, count).
+
+    They have one length, by which what they give has a mean square of 1, as standardised encodings
+    have. Raises ValueError for more than the encodings span.
+    """
+    most = min(len(encodings) - 1, encodings.shape[1])
+    if count > most:
+        raise ValueError(f"--goal_dimensions {count}: the training goals span no more than {most}")
+    encodings = encodings.double()
+    _, directions = torch.linalg.eigh(encodings.T @ encodings)  # the most important ones come last
+    largest = directions[:, -count:].flip(1)
+    size = (encodings @ largest).square().mean().sqrt()
+    return (largest / size).float()
+
+
 class GoalTable:
     """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` its row.
 
-    scale: (2, hidden), the mean and deviation that standardised them, for `with_text`.
+    scale: (2, width), the mean and deviation that standardised what the encoder gave, and
+    projection: (width, hidden), if there is one, what then made it smaller; for `with_text`.
     """
 
-    def __init__(self, texts: Sequence[str], table: Tensor, scale: Tensor | None = None):
+    def __init__(
+        self,
+        texts: Sequence[str],
+        table: Tensor,
+        scale: Tensor | None = None,
+        projection: Tensor | None = None,
+    ):
         self.index = {text: row for row, text in enumerate(texts)}
         self.table = table
         self.scale = scale
+        self.projection = projection
 
     @classmethod
-    def encode(cls, training_texts, novel_texts, model, tokenizer) -> "GoalTable":
-        """Encode all texts, standardised by the mean and deviation of the training texts."""
+    def encode(
+        cls, training_texts, novel_texts, model, tokenizer, dimensions: int = 0
+    ) -> "GoalTable":
+        """Encode all texts, standardised by the mean and deviation of the training texts.
+
+        dimensions: keep so many of their principal components; 0: the encodings as they are.
+        Raises ValueError for more than there are.
+        """
         texts = list(dict.fromkeys([*training_texts, *novel_texts]))
         encodings = encode_texts(texts, model, tokenizer)
         known = encodings[: len(set(training_texts))]
         scale = torch.stack([known.mean(0), known.std(0) + 1e-6])
-        return cls(texts, (encodings - scale[0]) / scale[1], scale)
+        table = (encodings - scale[0]) / scale[1]
+        if dimensions == 0:
+            return cls(texts, table, scale)
+        projection = principal_components(table[: len(known)], dimensions)
+        return cls(texts, table @ projection, scale, projection)
 
     def with_text(self, text: str, model, tokenizer) -> "GoalTable":
         """The table with one more text, by the model that encoded the others."""
         if self.scale is None:
             raise ValueError("these goal encodings lack their scale; --stage learn --force adds it")
         encoding = (encode_texts([text], model, tokenizer) - self.scale[0]) / self.scale[1]
-        return GoalTable([*self.index, text], torch.cat([self.table, encoding]), self.scale)
+        if self.projection is not None:
+            encoding = encoding @ self.projection
+        table = torch.cat([self.table, encoding])
+        return GoalTable([*self.index, text], table, self.scale, self.projection)
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Encodings of known texts: (len(texts), hidden)."""
@@ -79,9 +116,8 @@ class GoalTable:
 
     def save(self, path: str | Path) -> None:
         """A safetensors file; the texts are its metadata, as JSON."""
-        tensors = {"table": self.table.cpu().contiguous()}
-        if self.scale is not None:
-            tensors["scale"] = self.scale.cpu().contiguous()
+        tensors = {"table": self.table, "scale": self.scale, "projection": self.projection}
+        tensors = {name: x.cpu().contiguous() for name, x in tensors.items() if x is not None}
         metadata = {"texts": json.dumps(list(self.index))}
         save_file(tensors, str(path), metadata)
 

@@ -19,7 +19,7 @@ import env
 import kalm
 from data.rollouts import read_rollouts
 from env import LEVELS
-from experiment import episode, folder, report
+from experiment import episode, folder, intervals, report
 from experiment.stages import Plan
 
 # ----------------------------------------------------------------------------------------------
@@ -44,6 +44,7 @@ JUDGED = {
     "all": "everything",
 }
 KEPT_OTHERWISE = list(JUDGED)[1:]
+OPPONENTS = {"all": "bc", "explained": "bc", "matched": "bc+relabel"}  # of bc+kalm, by --keep
 
 GROUNDED = ["ground", "imagine"]
 LEARNED = ["learn", "evaluate"]
@@ -168,6 +169,11 @@ def do_run(runs: Path, name: str, processes: int = 1) -> None:
 # ----------------------------------------------------------------------------------------------
 # The page
 
+NOT_MADE = (
+    "*These runs have not been made for this page; `python docs/results.py` makes them. "
+    "What others showed is in the log.*"
+)
+
 
 def load(runs: Path, name: str, file: str):
     """The value of a JSON file of a run, None if there is none."""
@@ -178,10 +184,7 @@ def load(runs: Path, name: str, file: str):
 def table(header: list, rows: list[list]) -> str:
     """A table in Markdown; without rows, a sentence that says so."""
     if not rows:
-        return (
-            "*These runs have not been made for this page; `python docs/results.py` makes them. "
-            "What others showed is in the log.*"
-        )
+        return NOT_MADE
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -191,18 +194,51 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return ""
     text = f"{value:.{digits}f}"
-    return text.removeprefix("0") if 0 <= value < 1 else text
+    return text.replace("0.", ".", 1) if -1 < value < 1 else text
+
+
+def in_words(figure: tuple[float, float, float]) -> str:
+    """A figure and its interval."""
+    mean, low, high = figure
+    return f"{number(mean)} ({number(low, 2)}, {number(high, 2)})"
 
 
 def success_rows(results: dict) -> list[list]:
     rows = []
-    for method, row in results["success"].items():
+    for name, figures in intervals.success_rows(results, report.columns_of(results)):
+        rows.append([f"`{name}`", *map(in_words, figures)])
+    return rows
+
+
+def last_rows(results: dict) -> list[list]:
+    """The mean of the last checkpoints, which the paper reports, behind the figure of the end."""
+    rows = []
+    for method, row in results["last_checkpoints"].items():
+        at_end = results["success"][method]
         cells = []
         for level in LEVELS:
-            deviation = f" ± {number(row[level]['std'])}" if len(row[level]["seeds"]) > 1 else ""
-            cells.append(number(row[level]["mean"]) + deviation)
-        mean = number(report.novel_mean(row))
-        rows.append([f"`{method}`", *cells, mean, row["offline"]["episodes"]])
+            cells.append(f"{number(at_end[level]['mean'])} / {number(row[level]['mean'])}")
+        means = [number(report.novel_mean(each)) for each in (at_end, row)]
+        rows.append([f"`{method}`", *cells, " / ".join(means)])
+    return rows
+
+
+def opponent_rows(runs: Path) -> list[list]:
+    """BC with imagined rollouts that nobody judged, or that the judge chose, each against its
+    opponent: two methods of runs with the same goals, starts and seeds.
+    """
+    rows = []
+    validation = load(runs, "validation", "results.json")
+    for keep, control in OPPONENTS.items():
+        name = "validation" if keep == "matched" else f"keep {keep}"
+        results = load(runs, name, "results.json")
+        if results and validation:
+            ours = results["success"]["bc+kalm"]
+            theirs = validation["success"][control]
+            cells = []
+            for levels in [*([level] for level in LEVELS), list(LEVELS[1:])]:
+                cells.append(in_words(intervals.figure(results, ours, levels, theirs)))
+            rows.append([f"kept: {JUDGED[keep]} - `{control}`", *cells])
     return rows
 
 
@@ -341,6 +377,11 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     growth = folder.read_json(ROOT / "docs" / "growth.json")
     curves_svg = report.curves_figure(metrics["log"], curves)
     (docs / "curves.svg").write_text(curves_svg, encoding="utf-8")
+    training = NOT_MADE
+    if results["curves"]:
+        training = "![Success over training](training.svg)"
+        training_svg = report.success_figure(results, report.draw_training)
+        (docs / "training.svg").write_text(training_svg, encoding="utf-8")
     (docs / "success.svg").write_text(report.success_figure(results), encoding="utf-8")
     write_picture(runs, docs / "imagined.gif")
 
@@ -362,6 +403,7 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     held_out = ("action_accuracy", "state_error", "state_error_nothing_moves")
     grounding = [f"{name.replace('_', ' ')} {number(metrics[name])}" for name in held_out]
     counts = [f"{level} {brief[level]['rollouts']:.0f}" for level in LEVELS] if brief else ["none"]
+    columns = [*LEVELS, "novel mean"]
     learning, brief_tasks, longer = ablations(runs)
     times = {**results["time_s"], "all": sum(results["time_s"].values())}
     explained_parts = ["source", "target", "direction", "all three", "holds in the final state"]
@@ -369,9 +411,10 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
         (ROOT / "docs" / "results_template.md")
         .read_text(encoding="utf-8")
         .format(
-            success=table(
-                ["success rate", *LEVELS, "novel mean", "episodes"], success_rows(results)
-            ),
+            success=table(["success rate", *columns], success_rows(results)),
+            opponents=table(["BC, validation goals", *columns], opponent_rows(runs)),
+            training=training,
+            last=table(["at the end / last checkpoints", *columns], last_rows(results)),
             quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, imagined)),
             checks=table(
                 ["imagined rollouts", *LEVELS], quality_rows(checks, checked) if checks else []

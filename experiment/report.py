@@ -9,6 +9,7 @@ import io
 import itertools
 import platform
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import env
 from experiment import folder
 from experiment.card import figures_in_words
 from experiment.episode import save_gif, verdict_of
+from experiment.intervals import figure, success_rows
 from model import TASKS
 
 # The paper's figures: success of its best policies as read off its figure, rates as printed
@@ -56,7 +58,7 @@ PACKAGES = "torch transformers accelerate datasets peft safetensors mujoco gymna
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 # ----------------------------------------------------------------------------------------------
-# Success: results["success"][method][level] = {mean, std, seeds, episodes}
+# Success: results["success"][method][level] = {mean, std, seeds, episodes, outcomes}
 
 
 def levels_of(results: dict) -> list[str]:
@@ -80,20 +82,33 @@ def most_episodes(results: dict) -> int:
 
 
 def results_table(results: dict) -> list[str]:
-    """The success table as lines of ASCII, at most 80 columns for methods of 19 letters."""
+    """The success table as lines of ASCII, at most 80 columns for methods of 19 letters: means and
+    their 95% intervals, and differences to the controls.
+    """
     levels = levels_of(results)
     width = max(14, *(len(method) + 1 for method in results["success"]))
     lines = ["method".ljust(width) + "".join(f"{level:>15}" for level in levels)]
-    for method, row in results["success"].items():
-        rates = [f"{_rate(row[level], '+-'):13}" for level in levels]
-        lines.append(method.ljust(width) + "".join(f"{rate:>15}" for rate in rates))
+    for name, figures in success_rows(results, [[level] for level in levels]):
+        is_difference = name.startswith(" ")
+        line = name.ljust(width)
+        for mean, low, high in figures:
+            shown = _short(mean, "+") if is_difference else f"{mean:.3f}"
+            line += f"{shown} {_short(low)},{_short(high)}".rjust(15)
+        lines.append(line)
     return lines
 
 
-def _rate(cell, plus_minus):
-    """A mean, with the standard deviation over seeds where there are several."""
-    deviation = f" {plus_minus}{cell['std']:.3f}" if len(cell["seeds"]) > 1 else ""
-    return f"{cell['mean']:.3f}{deviation}"
+def _short(value, sign="-"):
+    """Two digits behind the point, and before it none but that of 1.0."""
+    text = f"{round(value, 2) + 0.0:{sign}.2f}"
+    return text.replace("1.00", "1.0").replace("0.", ".", 1)
+
+
+def columns_of(results: dict) -> list[list[str]]:
+    """What the columns of success tables are means of: each level, then the novel ones."""
+    levels = levels_of(results)
+    novel = [level for level in levels if level in env.NOVEL_LEVELS]
+    return [*([level] for level in levels), *([novel] if novel else [])]
 
 
 def _is_papers_world(results):
@@ -111,16 +126,48 @@ def color_of(method: str) -> str:
 
 
 def draw_success(axes: Axes, results: dict, level: str) -> None:
-    """Bars of one level, a method a line, with the deviation over seeds; dotted: paper's best."""
+    """Bars of one level, a method a line, with their 95% intervals; dotted: paper's best."""
     for i, (method, row) in enumerate(results["success"].items()):
-        mean = row[level]["mean"]
-        error = row[level]["std"] if len(row[level]["seeds"]) > 1 else None
-        axes.barh(i, mean, 0.8, xerr=error, color=color_of(method), ecolor=INK, capsize=2)
+        axes.barh(i, row[level]["mean"], 0.8, color=color_of(method))
+        axes.hlines(i, *figure(results, row, [level])[1:], color=INK)
     if _is_papers_world(results):
         axes.axvline(PAPER_SUCCESS[level], color=INK, linestyle="dotted")
     axes.set(title=level, xlim=(0, 1), xlabel="success rate")
     axes.set_yticks(range(len(results["success"])), list(results["success"]))
     axes.invert_yaxis()
+
+
+def draw_training(axes: Axes, results: dict, level: str) -> None:
+    """Success on one level while policies learn, a method a line; shaded: half a standard deviation
+    over the seeds to each side, as in the paper's figure.
+    """
+    looks = looks_of(results["curves"])
+    for method, curves in results["curves"].items():
+        steps, rates = zip(*curves[level])
+        mean = np.mean(rates, axis=1)
+        half = np.std(rates, axis=1) / 2
+        axes.plot(steps, mean, label=method, **looks[method])
+        axes.fill_between(steps, mean - half, mean + half, color=color_of(method), alpha=0.15)
+    axes.set(title=level, ylim=(0, 1), xlabel="step", ylabel="success rate")
+    _explain_below(axes, columns=2)
+
+
+def _explain_below(axes, columns):
+    """A legend, and few enough numbers on the axis above it."""
+    axes.locator_params(axis="x", nbins=4)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.26)}
+    axes.legend(fontsize=7, framealpha=0, ncols=columns, **place)
+
+
+def looks_of(methods: Iterable[str]) -> dict[str, dict]:
+    """Color and style of each method's line."""
+    algorithms = dict.fromkeys(method.partition("+")[0] for method in methods)
+    styles = dict(zip(algorithms, itertools.cycle(LINE_STYLES)))
+    looks = {}
+    for method in methods:
+        style = styles[method.partition("+")[0]]
+        looks[method] = {"color": color_of(method), "linestyle": style}
+    return looks
 
 
 def draw_grounding(axes: Axes, log: list[dict]) -> None:
@@ -136,23 +183,20 @@ def draw_grounding(axes: Axes, log: list[dict]) -> None:
 
 def draw_policies(axes: Axes, curves: dict) -> None:
     """Losses of the policies: {method: [(step, loss), ...]}."""
-    algorithms = dict.fromkeys(method.partition("+")[0] for method in curves)
-    styles = dict(zip(algorithms, itertools.cycle(LINE_STYLES)))
+    looks = looks_of(curves)
     for method, curve in curves.items():
-        look = {"color": color_of(method), "linestyle": styles[method.partition("+")[0]]}
-        axes.plot(*np.transpose(curve), label=method, **look)
+        axes.plot(*np.transpose(curve), label=method, **looks[method])
     losses = np.concatenate([np.transpose(curve)[1] for curve in curves.values()])
     scale = "log" if (losses > 0).all() else "symlog"
     axes.set(title="offline RL", xlabel="step", ylabel="loss", yscale=scale)
-    axes.locator_params(axis="x", nbins=4)
-    axes.legend(fontsize=7, framealpha=0, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.26))
+    _explain_below(axes, columns=3)
 
 
-def success_figure(results: dict) -> str:
-    """SVG text: success by level and method, with the standard deviation over seeds."""
+def success_figure(results: dict, draw: Callable = draw_success) -> str:
+    """SVG text: success by level and method, with 95% intervals; or another drawing by level."""
     levels = levels_of(results)
-    drawings = [partial(draw_success, results=results, level=level) for level in levels]
-    return _svg(drawings, (2.2 * len(levels) + 0.8, 2.6), sharey=True)
+    drawings = [partial(draw, results=results, level=level) for level in levels]
+    return _svg(drawings, (2.4 * len(levels) + 0.8, 2.8), sharey=True)
 
 
 def curves_figure(log: list[dict], curves: dict) -> str:
@@ -192,12 +236,21 @@ def _page_svg(name, draw, **data):
 def _success_rows(results):
     levels = levels_of(results)
     rows = []
-    for method, row in results["success"].items():
-        rows.append([method, *(_rate(row[level], "± ") for level in levels), novel_mean(row)])
+    for name, figures in success_rows(results, columns_of(results)):
+        rows.append([name, *(f"{mean:.3f} ({low:.2f}, {high:.2f})" for mean, low, high in figures)])
     if _is_papers_world(results):
         blank = [None for _ in levels]
         rows += [[f"paper: {name}", *blank, mean] for name, mean in PAPER_NOVEL_MEAN.items()]
         rows.append(["paper: best of the level", *(PAPER_SUCCESS[v] for v in levels), None])
+    return rows
+
+
+def _last_rows(results):
+    """Success as the paper reports it, the mean of the last checkpoints."""
+    rows = []
+    for method, row in results["last_checkpoints"].items():
+        means = [row[level]["mean"] for level in levels_of(results)]
+        rows.append([method, *means, novel_mean(row), next(iter(row.values()))["episodes"]])
     return rows
 
 
@@ -271,8 +324,12 @@ def write(run: Path, world: env.World, imagined: dict[str, list[dict]]) -> dict:
     log = folder.read_json(run / "grounded" / "metrics.json")["log"]
     curves = folder.read_json(run / "policies" / "curves.json")
     success_svgs = {}
+    training_svgs = {}
     for level in levels_of(results):
-        success_svgs[level] = _page_svg(level, draw_success, results=results, level=level)
+        of_level = {"results": results, "level": level}
+        success_svgs[level] = _page_svg(level, draw_success, **of_level)
+        if results["curves"]:
+            training_svgs[level] = _page_svg(f"training-{level}", draw_training, **of_level)
     learning_svgs = {}
     if log:
         learning_svgs["grounding"] = _page_svg("grounding", draw_grounding, log=log)
@@ -290,6 +347,8 @@ def write(run: Path, world: env.World, imagined: dict[str, list[dict]]) -> dict:
         paper_success=PAPER_SUCCESS if _is_papers_world(results) else {},
         success_svgs=success_svgs,
         success_rows=_success_rows(results),
+        training_svgs=training_svgs,
+        last_rows=_last_rows(results),
         quality_rows=_quality_rows(results),
         gallery=_gallery(world, imagined),
         ablations=folder.read_json(ablations) if ablations.is_file() else [],

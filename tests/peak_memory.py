@@ -10,7 +10,6 @@ import threading
 import time
 
 import conftest  # noqa: F401, first, it sets the import path
-import torch
 import transformers
 
 import env

@@ -88,9 +88,9 @@ def test_every_picture_says_what_it_shows_and_follows_the_dark(page_of, world):
     alts = [attributes["alt"] for attributes in found if "alt" in attributes]
     assert len(alts) == 2 and alts[0] == "imagined, 1 action: goal met; changed: red 0.40 m left"
     labels = [attributes["aria-label"] for attributes in found if attributes.get("role") == "img"]
-    assert len(labels) == 6 and sum("cql 0.62" in label for label in labels) == 1
+    assert len(labels) == 10 and sum("cql 0.62" in label for label in labels) == 1
     drawings = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert "prefers-color-scheme: dark" in page and len(drawings) == 6
+    assert "prefers-color-scheme: dark" in page and len(drawings) == 10
     for drawing in drawings:
         assert "currentColor" in drawing and "<text" in drawing
         assert report.INK not in drawing and "#ffffff" not in drawing
@@ -147,10 +147,12 @@ def test_another_world_has_its_own_figures_and_none_of_the_papers(page_of):
 
 
 def results_with(*methods):
-    cell = {"mean": 0.1234, "std": 0.0123, "seeds": [0.1, 0.2], "episodes": 40}
-    alone = {"mean": 1.0, "std": 0.0, "seeds": [1.0], "episodes": 20}
+    cell = {"mean": 0.1234, "episodes": 40, "outcomes": ["0" * 20, "1" * 20]}
+    alone = {"mean": 1.0, "episodes": 20, "outcomes": ["1" * 20]}
     rows = {method: dict.fromkeys(env.LEVELS, cell) for method in methods}
-    return {"success": {**rows, "llm": dict.fromkeys(env.LEVELS, alone)}, "config": {}}
+    rows["llm"] = dict.fromkeys(env.LEVELS, alone)
+    goals = dict.fromkeys(env.LEVELS, [str(number) for number in range(20)])
+    return {"success": rows, "goals": goals, "config": {}}
 
 
 def test_the_table_fits_80_columns_of_any_terminal():
@@ -158,10 +160,47 @@ def test_the_table_fits_80_columns_of_any_terminal():
     header, *lines = report.results_table(results)
     assert header.split() == ["method", *env.LEVELS] and "".join(lines).isascii()
     assert {len(line) for line in lines} == {len(header)} and len(header) <= 80
-    assert lines[0].split() == ["bc", *["0.123", "+-0.012"] * 4]
-    assert lines[-1].split() == ["llm", *["1.000"] * 4] and report.most_episodes(results) == 40
+    assert lines[0].split() == ["bc", *["0.123", ".00,1.0"] * 4]
+    assert lines[-1].split() == ["llm", *["1.000", "1.0,1.0"] * 4]
+    assert report.most_episodes(results) == 40
     assert report.novel_mean(results["success"]["bc"]) == pytest.approx(0.1234)
     assert report.novel_mean({"offline": {"mean": 1}}) is None
+
+
+def test_the_table_has_differences_to_controls_in_as_many_columns():
+    results = results_with("cql", "cql+kalm", "a_long_one+relabel", "a_long_one+kalm")
+    worse = {"mean": 0.0, "episodes": 40, "outcomes": ["0" * 20, "0" * 20]}
+    for method in ("cql+kalm", "a_long_one+kalm"):
+        results["success"][method]["easy"] = worse
+    results["success"]["cql"]["easy"] = {**worse, "mean": 1.0, "outcomes": ["1" * 20] * 2}
+    lines = report.results_table(results)
+    assert {len(line) for line in lines} == {len(lines[0])} and len(lines[0]) <= 80
+    same = ["+.00", ".00,.00"]
+    assert lines[3].split() == ["-", "cql", *same * 2, "-1.0", "-1.0,-1.0", *same]
+    assert lines[6].split() == ["-", "relabel", *same * 2, "-.12", "-1.0,.00", *same]
+
+
+def test_the_page_draws_success_over_training_where_there_are_checkpoints(page_of):
+    def one_seed_more(results):
+        results["curves"]["cql"]["hard"] = [[30, [0.0, 0.25, 0.5]], [60, [0.25, 0.5, 0.75]]]
+        results["last_checkpoints"]["cql"]["hard"] = {"mean": 0.4567, "episodes": 24}
+
+    page = page_of(change=one_seed_more)
+    labels = re.findall(r'aria-label="Success over training on level (\w+)[^"]* cql ([.\d]+)', page)
+    assert [level for level, _ in labels] == list(env.LEVELS) and labels[-1][1] == "0.50"
+    rows = [row for row in cells_of(page) if row[:1] == ["cql"]]
+    assert rows[-1][4] == "0.457" and len(rows) == 2
+    axes = report.Figure().subplots()
+    results = {"curves": {"bc": {"hard": [[30, [0.0, 0.4]], [60, [0.5, 0.5]]]}}}
+    report.draw_training(axes, results, "hard")
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[30, 0.2], [60, 0.5]])
+    shade = axes.collections[0].get_paths()[0].vertices
+    assert sorted(set(shade[:, 1].round(6))) == [0.1, 0.3, 0.5]
+
+
+def test_the_page_of_a_run_without_checkpoints_has_no_curves_of_success(page_of):
+    page = page_of(change=lambda results: results.update(curves={}, last_checkpoints={}))
+    assert Elements(page).found and "over training" not in page
 
 
 def test_any_algorithm_has_a_line_style_and_any_source_a_color():

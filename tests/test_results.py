@@ -57,8 +57,11 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
         found["success"][method][level] |= {"mean": mean, "std": 0.0234}
         folder.write_json(tmp_path / name / "results.json", found)
 
-    for name in ("main", "keep_all", "brief", "long,_LoRA"):
+    for name in ("main", "validation", "keep_all", "brief", "long,_LoRA"):
         shutil.copytree(smoke_run, tmp_path / name)
+    found = folder.read_json(tmp_path / "validation" / "results.json")
+    found["success"]["bc+both"] = found["success"]["bc+kalm"]
+    folder.write_json(tmp_path / "validation" / "results.json", found)
     change("keep_all", "bc+kalm", "hard", 0.4321)
     assert results.show_ablations(tmp_path, ["--scale", "smoke"]) == 0
     report = (tmp_path / "main" / "report.html").read_text(encoding="utf-8")
@@ -66,11 +69,14 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
     change("main", "cql", "easy", 0.6172)
     results.page(tmp_path, tmp_path)
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert re.search(r"^\| `cql` \|.*\| \.617 ± \.023 \|", page, re.M)
+    assert re.search(r"^\| `cql` \|.*\| \.617 \(\.\d\d, \.\d\d\) \|", page, re.M)
+    assert re.search(r"^\| `  - bc` \|.*\| -?\.\d+ \(", page, re.M)  # kept without a judge
+    assert re.search(r"^\| kept: everything - `bc` \|.*\| -?\.\d+ \(.*\) \|$", page, re.M)
     assert re.search(r"^\| kept: everything \|.*\| \.432 \|", page, re.M)
     assert re.search(r"^\| four pre-trained layers, all four tasks \|", page, re.M)
     assert "four random layers" not in page + report  # a run that is not there has no row
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"curves.svg", "success.svg"}
+    pictures = {path.stem for path in tmp_path.glob("*.svg")}
+    assert pictures == {"curves", "success", "training"}
 
 
 def test_the_page_has_the_words_of_its_template():

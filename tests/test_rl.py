@@ -10,6 +10,8 @@ from transformers import HfArgumentParser
 
 import rl
 from data import finite
+from data.policies import load_policy
+from experiment.evaluation import policy_of
 
 TEXTS = ["Put red behind blue.", "Move green left.", "Gather all balls."]
 ACTIONS = 40
@@ -231,7 +233,8 @@ def accuracy(algorithm, records, wanted, obs, **options):
     config = rl.RLConfig(batch=64, width=32, lr=3e-3, observation_scale=SCALE, **options)
     buffer = rl.Buffer(records, table)
     network, _ = rl.learn(algorithm, buffer, [], table.table, [0], config, ACTIONS)
-    act = rl.policy_of(network, 0, table.table, np.zeros(len(obs), int), SCALE)
+    goals = table.table[np.zeros(len(obs), int)]
+    act = policy_of(network.parts(network.flat.detach()), 0, goals, SCALE)
     return (act(obs, rows) == wanted).mean()
 
 
@@ -287,6 +290,45 @@ def test_a_snapshot_taken_up_again_gives_the_same_policy_curve_and_log_to_the_la
     assert again == curve and torch.equal(straight.flat, resumed.flat)
     assert logged == [(step, loss) for step, loss, _ in curve] and len(curve) == 9
     assert [p.name for p in tmp_path.iterdir()] == ["method.pt"]
+
+
+def test_policies_are_kept_on_the_way_and_a_killed_training_keeps_the_same(tmp_path, monkeypatch):
+    files = {step: tmp_path / f"{step}.safetensors" for step in (3, 5, 9)}
+    network, _ = learned("cql", checkpoints=files)
+    found = {step: load_policy(path)[0] for step, path in files.items()}
+    for ours, wanted in zip(found[9], network.parts(network.flat.detach())):
+        assert torch.equal(ours, wanted)
+    brief, _ = learned("cql")
+    assert torch.equal(brief.flat, network.flat)  # looking does not change it
+    for step, later in ((3, 5), (5, 9)):  # these in half precision
+        assert all(torch.equal(x, x.half().float()) for x in found[step])
+        assert not torch.equal(found[step][0], found[later][0])
+    snapshot = tmp_path / "cql.pt"
+
+    def save_and_die(self, path, save=rl.Training.save):
+        save(self, path)
+        if self.schedule.last_epoch == 4:
+            files[3].unlink()  # what was kept before a snapshot is not made again
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rl.Training, "save", save_and_die)
+        learned("cql", checkpoints=files, snapshot=snapshot)
+    learned("cql", checkpoints=files, snapshot=snapshot)
+    assert not files.pop(3).exists()
+    for step, path in files.items():
+        assert all(map(torch.equal, load_policy(path)[0], found[step]))
+
+
+def test_checkpoints_are_even_over_the_steps_and_close_at_the_end():
+    settings = rl.LearnArguments(rl_steps=1000, curve_points=4, last_checkpoints=3)
+    assert settings.checkpoints == [250, 500, 750, 960, 980, 1000]
+    names = [settings.policy_file("bc", step) for step in (960, 1000)]
+    assert names == ["checkpoints/bc-960.safetensors", "bc.safetensors"]
+    paper = rl.LearnArguments(rl_steps=500000, curve_points=50)
+    assert paper.checkpoints == list(range(10000, 500001, 10000))
+    assert rl.LearnArguments(curve_points=0, last_checkpoints=1).checkpoints == [16000]
+    assert rl.LearnArguments(rl_steps=2).checkpoints == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -360,28 +402,6 @@ def test_long_gradients_are_cut_for_each_seed_alone_and_their_norms_told():
     torch.testing.assert_close(network.flat.grad[1], before[1] * 2 / expected[1])
 
 
-# ------------------------------------------------------------------------------- policies on disk
-
-
-def test_policies_survive_the_disk_and_take_the_networks_best_action(tmp_path):
-    table, network = toy_table(), rl.SeededMLP([5, 2], [14, 6, 6, ACTIONS])
-    path, config = tmp_path / "cql.safetensors", rl.RLConfig(observation_scale=SCALE)
-    rl.save_policy(path, network, [5, 2], "cql", config)
-    loaded, seeds, scale = rl.load_policy(path)
-    assert (seeds, scale) == ([5, 2], SCALE) and list(tmp_path.iterdir()) == [path]
-    obs = np.random.default_rng(0).normal(0, 0.3, (9, 10)).astype(np.float32)
-    goals = np.arange(9) % 3
-    with torch.no_grad():
-        x = torch.cat([torch.from_numpy(obs) / SCALE, table.table[goals]], -1).expand(2, -1, -1)
-        best = network(x[..., 10:], x[..., :10])[0].argmax(-1).numpy()
-    assert (best[0] != best[1]).any()
-    for seed in range(2):
-        act = rl.policy_of(loaded, seed, table.table, goals, scale)
-        assert (act(obs, np.arange(9)) == best[seed]).all()
-        still = np.array([7, 2])  # the rows of those that still run
-        assert (act(obs[still], still) == best[seed][still]).all()
-
-
 # ------------------------------------------------------------------------------- methods, options
 
 
@@ -412,6 +432,9 @@ def test_an_unknown_algorithm_is_refused_by_name():
         ({"rl_steps": 0}, "--rl_steps must be at least 1, got 0"),
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"rl_snapshot_steps": 0}, "--rl_snapshot_steps must be at least 1"),
+        ({"curve_points": -1}, "--curve_points must be at least 0, got -1"),
+        ({"last_checkpoints": 0}, "--last_checkpoints must be at least 1, got 0"),
+        ({"goal_dimensions": -1}, "--goal_dimensions must be at least 0"),
         ({"kept_per_goal": -1}, "--kept_per_goal must be at least 0, got -1"),
         ({"encoder_layers": -1}, "--encoder_layers must be at least 0"),
         ({"rl_learning_rate": math.nan}, "--rl_learning_rate .* got nan"),

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 import env
 import kalm
-import rl
+from data.policies import load_policy
 from data.rollouts import read_rollouts
 from data.transitions import GoalTable
 from experiment import folder
@@ -161,8 +161,8 @@ def test_recipe_an_algorithm_of_ones_own_has_rows_in_every_table(tree):
 def test_recipe_another_encoder_gives_the_policies_its_width(tree, world):
     run_here(tree, "Another goal encoder")
     table = GoalTable.load(tree / "runs/bert/policies/goals.safetensors").table
-    network, *_ = rl.load_policy(tree / "runs/bert/policies/bc.safetensors")
-    assert table.shape[1] == 48 and network.shapes[0][0] == world.observation_dim + 48
+    parts, *_ = load_policy(tree / "runs/bert/policies/bc.safetensors")
+    assert table.shape[1] == 48 and parts[0].shape[1] == world.observation_dim + 48
     assert table.std(0).min() > 0.1  # different texts have different encodings
 
 

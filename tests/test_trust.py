@@ -107,9 +107,9 @@ MOMENTS = {  # stage, the call that is not made any more, steps and rounds that 
     "three rounds": ("imagine", rollout, "self_check", 4, 4),
     "all rounds": ("imagine", kalm, "write_rollouts", 3, 0),
     "40 of 60 steps of method 2 of 6": ("learn", rl.Training, "save", 6, 260),
-    "three methods": ("learn", rl, "save_policy", 4, 120),
+    "one method, and 20 steps of another": ("learn", rl, "save_policy", 4, 280),
     "all methods": ("learn", shutil, "copy", 3, 0),
-    "all policies, not yet in their place": ("learn", os, "replace", 28, 0),
+    "all policies, not yet in their place": ("learn", os, "replace", 40, 0),
     "results that are not noted": ("evaluate", folder.Manifest, "note", 1, 1),
 }
 
@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_in_each_stage_is_whole_in_the_end(smoke_run, tmp_
     run = tmp_path / "run"
     for owner, name, number in (
         *[(kalm, "write_rollouts", 1), (folder.Manifest, "note", 2), (rollout, "self_check", 2)],
-        *[(rl.Training, "save", 7), (kalm, "play", 3), (kalm.report, "write", 1)],
+        *[(rl.Training, "save", 7), (kalm, "play_llm", 1), (kalm.report, "write", 1)],
     ):
         killed(monkeypatch, run, owner, name, number)
     assert smoke(run) == 0

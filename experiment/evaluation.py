@@ -1,0 +1,231 @@
+"""How often policies succeed: those of all methods, seeds and checkpoints in one batch of episodes.
+
+This file knows policies on disk and worlds, and nothing of how policies are learned.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy import ndarray
+from torch import Tensor
+from tqdm import trange
+
+import env
+from data.policies import load_policy
+from data.transitions import GoalTable
+from experiment.settings import at_least, setting
+from rl import LLM, LearnArguments
+
+
+@dataclass
+class EvaluateArguments:
+    """Success rates."""
+
+    episodes: int = setting(200, "for each method, level and seed")
+    episode_steps: int = setting(50, "actions in an episode at most")
+    curve_episodes: int = setting(40, "the same at each point of success over training")
+    report_last: int = setting(1, "checkpoints whose mean is a method's success; the paper: 5")
+
+    def __post_init__(self):
+        at_least(1, self, "episodes", "episode_steps", "curve_episodes", "report_last")
+
+
+# ----------------------------------------------------------------------------------------------
+# Acting
+
+
+def policy_of(parts: Sequence[Tensor], seed_index: int, goals: Tensor, scale: float) -> env.Policy:
+    """A greedy policy for episodes of which number i pursues the goal encoded in goals[i].
+
+    parts, scale: as `load_policy` gives them. What the first layer makes of the goals (B, hidden)
+    is computed here, once for all steps.
+    """
+    first, first_bias, *rest = [part[seed_index].clone() for part in parts]
+    observation_dim = len(first) - goals.shape[1]
+    from_goals = torch.addmm(first_bias, goals, first[observation_dim:])
+    of_obs = first[:observation_dim].clone()  # not a view: most of the layer is used no more
+
+    @torch.inference_mode()
+    def act(obs, rows):
+        x = torch.addmm(from_goals[rows], torch.as_tensor(obs) / scale, of_obs)
+        for weight, bias in zip(rest[::2], rest[1::2]):
+            x = torch.addmm(bias, F.relu(x), weight)
+        return x.argmax(-1).numpy()
+
+    return act
+
+
+def read_policy(path: Path, seed_index: int, table: GoalTable, goals) -> env.Policy:
+    """The policy of one seed in a file, for episodes that pursue these goals."""
+    parts, _, scale = load_policy(path)
+    return policy_of(parts, seed_index, table.of_texts([goal.text for goal in goals]), scale)
+
+
+def successes(
+    world: env.World,
+    policies: Sequence[env.Policy],
+    goals: Sequence[Sequence[env.Goal]],
+    starts: Sequence[ndarray],
+    max_steps: int,
+) -> list[ndarray]:
+    """Which episodes of several policies succeed: (b,) bool for each, as `env.run_episodes` has it.
+
+    goals, starts: of each policy's episodes, b goals and (b, state_dim). One call of the physics
+    moves the episodes of all.
+    """
+    bounds = np.cumsum([0, *map(len, starts)])
+    encoded = np.concatenate([world.encode_goals(own) for own in goals])
+    one_step = world.one_step(encoded)
+    states = np.concatenate(starts)
+    won = np.zeros(len(states), bool)
+    running = np.arange(len(states))
+    for _ in trange(max_steps, desc="evaluate policies", leave=False):
+        if len(running) == 0:
+            break
+        before = world.observe(states)
+        actions = []
+        still = np.searchsorted(running, bounds)  # where each policy's rows begin and end now
+        for number, policy in enumerate(policies):
+            own = slice(still[number], still[number + 1])
+            if own.start < own.stop:
+                actions.append(policy(before[own], running[own] - bounds[number]))
+        actions = np.concatenate(actions)
+        states = step_distinct(world, states, actions)
+        met = world.success(encoded[running], before, world.observe(states), actions)
+        won[running] = met
+        goes_on = ~met & ~one_step[running]
+        running = running[goes_on]
+        states = states[goes_on]
+    return np.split(won, bounds[1:-1])
+
+
+def step_distinct(world: env.World, states: ndarray, actions: ndarray) -> ndarray:
+    """`World.step_batch`, each state and action once: policies that begin alike agree for long,
+    above all the last checkpoints of one policy, and the physics takes nearly all of the time.
+    """
+    pairs = np.column_stack([states, actions])
+    as_bytes = pairs.view(f"V{pairs[0].nbytes}").ravel()
+    _, first, number = np.unique(as_bytes, return_index=True, return_inverse=True)
+    return world.step_batch(states[first], actions[first])[number]
+
+
+# ----------------------------------------------------------------------------------------------
+# What a run evaluates
+
+
+class Trial(NamedTuple):
+    """What a method had learned with a seed after some gradient steps."""
+
+    method: str
+    seed_index: int
+    step: int
+
+
+def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
+    """All that is evaluated: first the LLM, then policies, the last checkpoints before others."""
+    if settings.report_last > learned.last_checkpoints:
+        raise ValueError(
+            f"--report_last {settings.report_last}: the policies were learned with "
+            f"--last_checkpoints {learned.last_checkpoints}; raise it and learn again"
+        )
+    found = [Trial(LLM, 0, learned.rl_steps)] if LLM in learned.method_list else []
+    for step in reversed(learned.checkpoints):
+        for method in learned.learned_methods:
+            found += [Trial(method, number, step) for number in range(learned.seeds)]
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Who is evaluated in which episodes: for each level as many goals, and for each seed starts
+    (episodes of all levels, state_dim). A checkpoint that only curves are made of plays the first
+    `curve_episodes` of each level.
+    """
+
+    learned: LearnArguments
+    settings: EvaluateArguments
+    goals: dict[str, list[env.Goal]]
+    starts: list[ndarray]
+
+    @property
+    def reported_steps(self) -> list[int]:
+        """The checkpoints that play all episodes."""
+        return self.learned.checkpoints[-self.settings.report_last :]
+
+    def rows(self, level: str, of_curve: bool) -> ndarray:
+        """Which episodes of all are those of a level."""
+        every = len(self.goals[level])
+        first = every * list(self.goals).index(level)
+        count = min(self.settings.curve_episodes, every) if of_curve else every
+        return np.arange(first, first + count)
+
+    def play(self, world: env.World, policies: Path, mine: Sequence[Trial]) -> list[tuple]:
+        """(trial, successes) of trials whose policies are in a folder. successes: (episodes,) bool,
+        False where it did not play.
+        """
+        table = GoalTable.load(policies / "goals.safetensors")
+        all_goals = sum(self.goals.values(), [])
+        acting = []
+        goals = []
+        starts = []
+        rows_of_trials = []
+        for method, seed_index, step in mine:
+            of_curve = step not in self.reported_steps
+            rows = np.concatenate([self.rows(level, of_curve) for level in self.goals])
+            rows_of_trials.append(rows)
+            goals.append([all_goals[row] for row in rows])
+            starts.append(self.starts[seed_index][rows])
+            path = policies / self.learned.policy_file(method, step)
+            acting.append(read_policy(path, seed_index, table, goals[-1]))
+        steps = min(self.settings.episode_steps, world.max_steps)
+        played = []
+        won_by_trial = successes(world, acting, goals, starts, steps) if mine else []
+        for trial, rows, won in zip(mine, rows_of_trials, won_by_trial):
+            won_of_all = np.zeros(len(all_goals), bool)
+            won_of_all[rows] = won
+            played.append((trial, won_of_all))
+        return played
+
+    def results(self, won: Mapping[Trial, ndarray]) -> dict:
+        """What results.json has of policies: success by method and level, the goals of these
+        episodes, success over training, and the paper's figure, the mean of the last checkpoints.
+        """
+        results = {"success": {}, "goals": {}, "curves": {}, "last_checkpoints": {}}
+        for level, goals in self.goals.items():
+            results["goals"][level] = [goal.text for goal in goals]
+            rows = self.rows(level, of_curve=False)
+            few = self.rows(level, of_curve=True)
+            for method in self.learned.method_list:
+                learns = method != LLM
+                seeds = range(self.learned.seeds if learns else 1)
+                steps = self.reported_steps if learns else [self.learned.rl_steps]
+                outcomes = []
+                for seed in seeds:
+                    of_steps = [won[Trial(method, seed, step)][rows] for step in steps]
+                    outcomes.append(np.concatenate(of_steps))
+                cell = cell_of(outcomes)
+                cell["outcomes"] = ["".join(map(str, own.astype(int))) for own in outcomes]
+                results["success"].setdefault(method, {})[level] = cell
+                if learns and len(self.learned.checkpoints) > 1:
+                    curve = []
+                    for step in self.learned.checkpoints:
+                        rates = [won[Trial(method, seed, step)][few].mean() for seed in seeds]
+                        curve.append([step, [float(rate) for rate in rates]])
+                    last = [rates for _, rates in curve[-self.learned.last_checkpoints :]]
+                    results["curves"].setdefault(method, {})[level] = curve
+                    cell = {**cell_of(np.transpose(last)), "episodes": len(few) * np.size(last)}
+                    results["last_checkpoints"].setdefault(method, {})[level] = cell
+        return results
+
+
+def cell_of(outcomes: Sequence[ndarray]) -> dict:
+    """A method's success at a level from the outcomes of each seed."""
+    rates = [float(np.mean(own)) for own in outcomes]
+    episodes = sum(len(own) for own in outcomes)
+    mean_and_deviation = {"mean": float(np.mean(rates)), "std": float(np.std(rates))}
+    return {**mean_and_deviation, "seeds": rates, "episodes": episodes}
