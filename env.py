@@ -93,9 +93,8 @@ def read_goals(path: str | Path, world: "World") -> list[Goal]:
             if line.strip():
                 goals.append(goal_from_json(json.loads(line), world))
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"not JSON ({getattr(error, 'msg', 'nested too deep')})"
-            problem += "; write one JSON object a line"
-            raise ValueError(f"{path}, line {number}: {problem}") from None
+            problem = f"line {number}: not JSON ({getattr(error, 'msg', 'nested too deep')})"
+            raise ValueError(f"{path}, {problem}; write one JSON object a line") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not goals:
@@ -105,8 +104,8 @@ def read_goals(path: str | Path, world: "World") -> list[Goal]:
 
 def write_goals(path: Path, goals: Sequence[Goal]) -> None:
     """Goals as a file that `read_goals` reads."""
-    lines = [json.dumps(goal.to_json(), ensure_ascii=False) + "\n" for goal in goals]
-    path.write_text("".join(lines), encoding="utf-8")
+    lines = [json.dumps(goal.to_json(), ensure_ascii=False) for goal in goals]
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def by_level(goals: Sequence[Goal]) -> dict[str, list[Goal]]:
@@ -377,16 +376,9 @@ def run_episodes(
 def expert_rollouts(
     world: World, goals: Sequence[Goal], rng: np.random.Generator, max_steps: int, **options
 ) -> list[dict]:
-    """An episode of the world's expert for each goal, from a start that does not fulfil it.
-
-    options: as `run_episodes` takes them.
-    """
-    encoded = world.encode_goals(goals)
-    states = unfulfilled_states(world, rng, goals)
-
-    def expert(obs, rows):
-        return world.expert_actions(encoded[rows], obs)
-
+    """An episode of the world's expert for each goal. options: as `run_episodes` takes them."""
+    encoded, states = world.encode_goals(goals), unfulfilled_states(world, rng, goals)
+    expert = lambda obs, rows: world.expert_actions(encoded[rows], obs)
     return run_episodes(world, expert, goals, states, max_steps, **options)
 
 

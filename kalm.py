@@ -38,6 +38,7 @@ import env
 import ground
 import rl
 import rollout
+import tasks
 from data import formats, grounded, llm, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
@@ -48,10 +49,11 @@ from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
 from experiment.stages import Plan, Stage, do
 from experiment.world_check import check_world
-from ground import GroundingArguments, Tokenizer
+from ground import GroundingArguments
 from model import KalmForRollouts
 from rl import LearnArguments
 from rollout import ImagineArguments
+from tasks import Tokenizer
 
 # ----------------------------------------------------------------------------------------------
 # Settings: one dial, and those of the stages that are short enough to be written here
@@ -191,7 +193,7 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
     facts = {
         "llm": run.llm, "world": run.world.name, "data": own_data, "seed": run.seed, "steps": steps,
         "rollouts": (len(real), len(held_out)), "tasks": settings.task_names, "batch_size": batch,
-        "adapter": None if settings.adapter == "none" else settings.adapter, **model.facts(),
+        "adapter": settings.adapter.replace("none", ""), **card.sizes(model.config),
     }  # fmt: skip
     with folder.replacing(run.folder / "grounded") as aside:
         model.save_pretrained(aside, state_dict=weights)
@@ -213,7 +215,7 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
 def measured(run: Run, model: KalmForRollouts, tokenizer: Tokenizer, held_out: list[dict]) -> dict:
     """Figures of a grounded model on held-out rollouts; explanations also with an unseen prompt."""
     model.to(PartialState().device)
-    prompts = {"explanation": ground.PROMPTS["explanation"], "unseen_prompt": ground.UNSEEN_PROMPT}
+    prompts = {"explanation": tasks.PROMPTS["explanation"], "unseen_prompt": tasks.UNSEEN_PROMPT}
     with run.autocast():
         figures = ground.held_out_figures(model, tokenizer, run.world, held_out)
         for name, prompt in prompts.items():

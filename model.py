@@ -23,12 +23,13 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, cached_file
 
-from data import llm as llm_source
+from data.llm import check_shapes, load_described
 
 PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # modality of a position
 SEGMENTS = 1024  # at most so many segments in an example
 TASKS = ("dynamics", "explanation", "generation", "consequence", "description")
 LOSS_WEIGHTS = {"text": 1.0, "action": 0.5, "state": 0.5}  # paper, section 4.1
+STATISTICS = ("observation_mean", "observation_std", "change_std")
 MODALITIES = {"text": TEXT, "action": ACTION, "state": STATE}
 
 
@@ -121,12 +122,10 @@ class KalmOutput(ModelOutput):
 
 
 def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, L, L) for rows that pack examples of one prompt and several
-    rollouts each.
+    """Additive attention mask (B, 1, L, L) of packed examples: a prompt and several rollouts each.
 
     segments: (B, L) int, example * SEGMENTS + segment; segment 0 is the example's prompt, 1.. are
-    rollouts, which see the
-    prompt but not each other; -1 is padding. Attention is causal, and never leaves an example.
+    rollouts, which see the prompt but not each other; -1 is padding. Attention is causal.
     """
     query = segments[:, :, None]
     key = segments[:, None, :]
@@ -144,25 +143,23 @@ def weighted_sum(losses: dict[str, Tensor]) -> Tensor:
 
 
 def matching(layers: nn.Module, numbers: Tensor) -> Tensor:
-    """Numbers in the type of the weights of layers that they enter."""
+    """Numbers in the type of the layers that they enter."""
     return numbers.to(next(layers.parameters()).dtype)
 
 
 def root_mean_square(numbers: Tensor) -> float:
-    """Their size, without a copy of them."""
+    """Their size, computed without a copy of them."""
     norm = torch.linalg.vector_norm(numbers, dtype=torch.float32)
     return norm.item() / numbers.numel() ** 0.5
 
 
 def mean_or_zero(losses: Tensor) -> Tensor:
-    """Mean of losses (N,) that is 0, with a gradient of 0, where there is nothing to average."""
+    """Mean of losses (N,); 0, with a gradient of 0, where there are none."""
     return losses.sum() / max(len(losses), 1)
 
 
 def task_losses(losses: dict[str, Tensor], tasks: dict[str, Tensor]) -> Tensor:
-    """The loss of each task, (len(TASKS),). losses, tasks: of each predicted position by modality,
-    (N,).
-    """
+    """The loss of each task, (len(TASKS),). losses, tasks: (N,) by modality."""
     by_task = []
     for task in range(len(TASKS)):
         parts = {}
@@ -177,9 +174,7 @@ def task_losses(losses: dict[str, Tensor], tasks: dict[str, Tensor]) -> Tensor:
 
 
 class KalmForRollouts(PreTrainedModel):
-    """A causal LM with state and action embeddings and heads. See `forward` for the sequence
-    format.
-    """
+    """A causal LM with state and action embeddings and heads; `forward` tells the format."""
 
     config_class = KalmConfig
     base_model_prefix = "backbone"
@@ -187,9 +182,7 @@ class KalmForRollouts(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: KalmConfig, backbone: PreTrainedModel | None = None):
-        """backbone: a causal LM to adopt as it is; None: one of the configuration, with new
-        weights.
-        """
+        """backbone: a causal LM to adopt as it is; None: a new one of the configuration."""
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.backbone_config)
@@ -258,22 +251,12 @@ class KalmForRollouts(PreTrainedModel):
         return self.backbone.get_output_embeddings()
 
     def new_parameters(self) -> list[str]:
-        """Names of the parameters that grounding adds: all outside of the backbone, and LoRA's
-        adapters.
-        """
+        """Names of what grounding adds: all outside of the backbone, and LoRA's adapters."""
         names = [name for name, _ in self.named_parameters()]
         return [name for name in names if not name.startswith("backbone.") or ".lora_" in name]
 
-    def facts(self) -> dict:
-        """What the model card says of the model."""
-        layers = self.config.backbone_config.get_text_config().num_hidden_layers
-        names = ("lora_rank", "observation_dim", "num_actions")
-        return {"layers": layers, **{name: getattr(self.config, name) for name in names}}
-
     def waves(self, numbers: Tensor) -> Tensor:
-        """Normalised numbers (..., N) with their sines and cosines, (..., N * (1 + 2 *
-        frequencies)).
-        """
+        """Normalised numbers (..., N) with sines and cosines, (..., N * (1 + 2 * frequencies))."""
         features = [numbers]
         for frequency in self.config.frequencies:
             features.append(torch.sin(numbers * frequency))
@@ -388,16 +371,15 @@ class KalmForRollouts(PreTrainedModel):
         objects = states.unflatten(-1, (self.config.objects, -1))
         acted = torch.where(is_action, input_ids // moves, 0)[..., None]
         offset = objects - objects.take_along_dim(acted[..., None], -2)
-        distance = offset.norm(dim=-1).scatter(
-            -1, acted, -1
-        )  # the acted object before one at its place
+        distance = offset.norm(dim=-1)
+        distance = distance.scatter(-1, acted, -1)  # the acted object before one at its place
         as_listed = torch.arange(self.config.objects, device=states.device)
         return torch.where(is_action[..., None], distance.argsort(-1), as_listed)
 
     def acted_view(
         self, input_ids: Tensor, is_action: Tensor, states: Tensor, order: Tensor
     ) -> Tensor:
-        """Places of all objects in an order (N, objects), offsets from the first, and the move: (N,
+        """Places of objects in an order (N, objects), offsets from the first, and the move: (N,
         features).
         """
         moves = self.config.num_actions // self.config.objects
@@ -411,9 +393,7 @@ class KalmForRollouts(PreTrainedModel):
         return torch.cat([self.waves(torch.cat([places, offsets], -1)), move], -1)
 
     def _add_losses(self, result, hidden, change, input_ids, modality, states, predict, task):
-        """Cross entropy for text and actions, squared error for states, means over their positions
-        (eq. 1-3).
-        """
+        """Cross entropy for text and actions, squared error for states (paper, eq. 1-3)."""
         predicted = {}  # by modality, the positions (row, column) whose successor is predicted
         for name, kind in MODALITIES.items():
             ahead = predict[:, 1:] & (modality[:, 1:] == kind)
@@ -441,15 +421,15 @@ class KalmForRollouts(PreTrainedModel):
     @classmethod
     @torch.no_grad()
     def from_llm(cls, llm: PreTrainedModel, embedding_scale: float = 1.0, seed: int = 0, **config):
-        """Adopt a causal LM that transformers has loaded. config: fields of KalmConfig.
+        """Adopt a causal LM. config: fields of KalmConfig.
 
         New embeddings start at embedding_scale times the root mean square of the token embeddings.
         """
         torch.manual_seed(seed)
         tokens = llm.get_input_embeddings()
         some = torch.arange(64, device=llm.device)
-        scale = root_mean_square(tokens(some)) / root_mean_square(tokens.weight[some])  # Gemma's
-        rms = embedding_scale * scale * root_mean_square(tokens.weight)
+        gain = root_mean_square(tokens(some)) / root_mean_square(tokens.weight[some])  # Gemma's
+        rms = embedding_scale * gain * root_mean_square(tokens.weight)
         backbone = llm.config.to_dict()
         backbone["_name_or_path"] = ""  # a folder of this machine is no part of it
         backbone.pop("quantization_config", None)  # nor is how it was loaded
@@ -458,9 +438,8 @@ class KalmForRollouts(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *args, llm: PreTrainedModel | None = None, **kwargs):
-        """As transformers does. Where LoRA was trained, the folder has its weights and the new
-        layers alone: they are put on `llm`, or on the LLM that they were trained on, which must
-        still be where it was.
+        """As transformers does. Where LoRA was trained, the folder has what was trained alone: it is
+        put on `llm`, or on the LLM that it was trained on, wherever that was.
 
         Raises ValueError for an LLM that is gone or another, and for weights that do not fit.
         """
@@ -471,13 +450,8 @@ class KalmForRollouts(PreTrainedModel):
             dtype = kwargs.get("dtype")
             options = {"dtype": dtype if isinstance(dtype, torch.dtype) else torch.float32}
             options["in_4bit"] = kwargs.get("in_4bit", False)
-            llm = llm_source.load_described(config.base, config.backbone_config, **options)
-        for name in SHAPES:
-            theirs = getattr(config.backbone_config.get_text_config(), name, None)
-            ours = getattr(llm.config.get_text_config(), name, None)
-            if theirs != ours:
-                made_for = f"{folder} was made for a language model with {name} {theirs}"
-                raise ValueError(f"{made_for}, and this one has {ours}")
+            llm = load_described(config.base, config.backbone_config, **options)
+        check_shapes(llm, config.backbone_config, str(folder))
         model = cls(config, backbone=llm)
         weights = load_file(cached_file(folder, "model.safetensors"))
         different = set(weights) ^ set(model.new_parameters())
@@ -487,7 +461,7 @@ class KalmForRollouts(PreTrainedModel):
         return model.eval()
 
     def save_pretrained(self, folder, state_dict: dict | None = None, **kwargs) -> None:
-        """As transformers does, but under our own names, which the Trainer's resume relies on; with
+        """As transformers does, but under our own names, on which the Trainer's resume relies; with
         LoRA, what was trained alone.
         """
         if self.config.lora_rank:
@@ -509,17 +483,6 @@ class KalmForRollouts(PreTrainedModel):
                 self.backbone.set_submodule(name, module.base_layer)
         self.config.lora_rank = 0
         return self
-
-
-STATISTICS = ("observation_mean", "observation_std", "change_std")
-SHAPES = (  # what an LLM and what was trained on it have in common
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
 
 
 def lora_config(config: KalmConfig) -> LoraConfig:

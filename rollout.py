@@ -21,9 +21,9 @@ from data.rollouts import read_rollouts, write_rollouts
 from data.sources import is_wanted
 from experiment import folder
 from experiment.settings import absolute, at_least, setting
-from ground import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
-from ground import rollout_positions as positions_of
 from model import ACTION, PAD, SEGMENTS, STATE, TEXT, KalmForRollouts
+from tasks import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
+from tasks import rollout_positions as positions_of
 
 # ----------------------------------------------------------------------------------------------
 # Sequences behind a key-value cache
@@ -36,7 +36,7 @@ class Sequences:
     """
 
     def __init__(self, model: KalmForRollouts, prompts: Sequence[list], text_logits: int = 0):
-        """Prefill: run ragged prompts, lists of `ground.Position`, left-padded."""
+        """Prefill: run ragged prompts, lists of `tasks.Position`, left-padded."""
         self.model, self.text_logits = model, text_logits
         shape = len(prompts), max(map(len, prompts))
         ids = np.zeros(shape, np.int64)

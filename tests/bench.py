@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 import env
-import ground
 import kalm
 import rl
 import rollout
+import tasks
 from data import grounded, llm
 from data.transitions import Buffer, GoalTable, encode_texts
 from experiment import folder
@@ -218,8 +218,8 @@ def default_model(merged=False):
 
 
 def prompts_of(tokenizer, goals):
-    ids = [ground.prompt_ids(tokenizer, "generation", goal.text) for goal in goals]
-    return [ground.text_positions(each) for each in ids]
+    ids = [tasks.prompt_ids(tokenizer, "generation", goal.text) for goal in goals]
+    return [tasks.text_positions(each) for each in ids]
 
 
 def novel(count):
@@ -240,10 +240,10 @@ def generate_without_cache(model, tokenizer, goals, observations, max_steps):
     for _ in range(max_steps):
         sequences = []
         for prompt, path, actions in zip(prompts, paths, taken):
-            sequences.append(prompt + ground.rollout_positions(np.array(path), actions))
+            sequences.append(prompt + tasks.rollout_positions(np.array(path), actions))
         chosen = rollout.Sequences(model, sequences).out.action_logits[:, -1].argmax(-1).tolist()
         for sequence, action, path in zip(sequences, chosen, paths):
-            sequence.append(ground.Position(ACTION, action, path[-1]))
+            sequence.append(tasks.Position(ACTION, action, path[-1]))
         states = rollout.Sequences(model, sequences).out.state_pred[:, -1].numpy()
         for path, actions, action, state in zip(paths, taken, chosen, states):
             path.append(state)
@@ -279,9 +279,7 @@ def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
     encoded = WORLD.encode_goals(goals)
     obs = torch.as_tensor(observations)
     prompts = prompts_of(tokenizer, goals)
-    starts = [
-        prompt + ground.rollout_positions([row]) for prompt, row in zip(prompts, observations)
-    ]
+    starts = [prompt + tasks.rollout_positions([row]) for prompt, row in zip(prompts, observations)]
     sequences = rollout.Sequences(model, starts)
     needed = np.zeros(len(goals), int)
     for step in range(max_steps):
@@ -337,7 +335,7 @@ def expert_rollouts(goals, rng):
 
 def examples_of(tokenizer, records, count=32):
     """Grounding examples, and the numbers of some of them."""
-    examples = ground.GroundingExamples(records, tokenizer, WORLD)
+    examples = tasks.GroundingExamples(records, tokenizer, WORLD)
     return examples, np.random.default_rng(0).permutation(len(examples))[:count]
 
 
@@ -354,14 +352,14 @@ def packed_rows():
     """
     model, tokenizer = default_model()
     examples, numbers = examples_of(tokenizer, real_rollouts())
-    together = ground.pack([examples[number] for number in numbers])
+    together = tasks.pack([examples[number] for number in numbers])
     pairs = []
     for number in numbers:
         task, rows = examples.examples[number]
         for row in rows:
             record = examples.rollouts[row]
-            pairs.append(ground.make_example(task, tokenizer, WORLD, [record]))
-    alone = ground.pack(pairs, row_length=1)
+            pairs.append(tasks.make_example(task, tokenizer, WORLD, [record]))
+    alone = tasks.pack(pairs, row_length=1)
     shapes = [tuple(batch["input_ids"].shape) for batch in (together, alone)]
     print(f"  {len(pairs)} pairs of a rollout and a task: packed {shapes[0]}, padded {shapes[1]}")
     return in_turn(partial(train_step, model, together), partial(train_step, model, alone), 5)
@@ -373,7 +371,7 @@ def step_beside_backbone():
     """
     model, tokenizer = default_model()
     examples, numbers = examples_of(tokenizer, real_rollouts())
-    batch = ground.pack([examples[number] for number in numbers])
+    batch = tasks.pack([examples[number] for number in numbers])
     embeddings = model.embed(batch["input_ids"], batch["modality"], batch["states"]).detach()
     embeddings.requires_grad_()
 
@@ -397,7 +395,7 @@ def data_loading():
     examples, numbers = examples_of(tokenizer, real_rollouts())
 
     def load():
-        return ground.pack([examples[number] for number in numbers])
+        return tasks.pack([examples[number] for number in numbers])
 
     loading, step = in_turn(load, partial(train_step, model, load()), 5)
     return loading, step / 50
@@ -460,7 +458,7 @@ def grow_layers(largest):
         model = KalmForRollouts.from_llm(language_model, **options)
         model.get_input_embeddings().weight.requires_grad_(False)
         examples, numbers = examples_of(tokenizer, records, 8)
-        batch = ground.pack([examples[number] for number in numbers])
+        batch = tasks.pack([examples[number] for number in numbers])
         grounding.append(seconds(partial(train_step, model, batch)))
         model.merge_adapters()
         imagine = partial(rollout.generate, model, tokenizer, WORLD, *novel(32), max_steps=10)

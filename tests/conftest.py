@@ -18,6 +18,7 @@ import torch
 import env
 import ground
 import kalm
+import tasks
 from data import llm
 from data.grounded import observation_statistics
 from experiment import folder
@@ -63,7 +64,7 @@ def rollouts(world):
 
 def tiny_llm(world, seed=0):
     """The tiny LLM of a world, and its tokenizer."""
-    return llm.tiny([*world.vocabulary(), *ground.PROMPTS.values()], seed)
+    return llm.tiny([*world.vocabulary(), *tasks.PROMPTS.values()], seed)
 
 
 def new_model(world, rollouts, **options):

@@ -15,6 +15,7 @@ import transformers
 import env
 import ground
 import kalm
+import tasks
 from data import llm
 from experiment import memory
 from experiment.command import dtype_of
@@ -31,7 +32,7 @@ def anonymous():
 
 
 def save_random_llm(world):
-    _, tokenizer = llm.tiny([*world.vocabulary(), *ground.PROMPTS.values()])
+    _, tokenizer = llm.tiny([*world.vocabulary(), *tasks.PROMPTS.values()])
     config = transformers.LlamaConfig(
         vocab_size=32000, hidden_size=width, intermediate_size=width * 8 // 3, eos_token_id=1,
         num_hidden_layers=int(layers), num_attention_heads=width // 64, tie_word_embeddings=False,

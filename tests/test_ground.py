@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_model import outputs, padded
 
 import env
-import ground
+import tasks
 from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT
 
 RED_BEHIND_BLUE = (("red", "blue", "behind"),)
@@ -21,8 +21,8 @@ EXPLAINED = "The red ball is near the blue ball, behind it."
 
 
 LAYOUTS = {  # a number is an observation's, a0 an action's, ! is to be predicted
-    "dynamics": (ground.PROMPTS["dynamics"], ["0 a0@0 1!", "1 a1@1 2!"]),
-    "explanation": (ground.PROMPTS["explanation"], ["0 a0@0 1 a1@1 2 answer!"]),
+    "dynamics": (tasks.PROMPTS["dynamics"], ["0 a0@0 1!", "1 a1@1 2!"]),
+    "explanation": (tasks.PROMPTS["explanation"], ["0 a0@0 1 a1@1 2 answer!"]),
     "generation": (f"Goal: {GOAL.text}\nRollout:", ["0 a0@0! 1! a1@1! 2!"]),
     "consequence": (f"Goal: {GOAL.text}\nFinal state:", ["0 2!"]),
 }
@@ -51,7 +51,7 @@ def test_each_task_lays_out_prompt_states_and_actions_as_documented(world, rollo
     for number, segment in enumerate(segments * 2, 1):  # given twice: its segments come twice
         flat = [position for code in segment.split() for position in positions(code)]
         expected += [(*p, number, len(prompt_ids) + n) for n, p in enumerate(flat)]
-    example = ground.make_example(task, tokenizer, world, [record, record])
+    example = tasks.make_example(task, tokenizer, world, [record, record])
     keys = ("modality", "input_ids", "states", "predict", "segments", "position_ids")
     for key, column in zip(keys, zip(*expected)):
         np.testing.assert_array_equal(example[key], np.array(column, example[key].dtype), key)
@@ -64,9 +64,9 @@ def test_a_description_names_two_balls_of_a_state_and_predicts_a_direction_that_
     _, tokenizer = new_model(world, rollouts)
     records, said = rollouts[:6], set()
     for wording in range(20):
-        example = ground.make_example("description", tokenizer, world, records, wording)
+        example = tasks.make_example("description", tokenizer, world, records, wording)
         segments = example["segments"]
-        in_prompt = len(tokenizer(ground.PROMPTS["description"])["input_ids"])
+        in_prompt = len(tokenizer(tasks.PROMPTS["description"])["input_ids"])
         assert segments.tolist().count(0) == in_prompt
         parts = [np.flatnonzero(segments == n) for n in range(1, segments.max() + 1)]
         rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def test_a_description_names_two_balls_of_a_state_and_predicts_a_direction_that_
 def test_every_rollout_is_in_every_task_once_and_shares_a_prompt_only_with_its_goal(
     world, rollouts
 ):
-    examples = ground.GroundingExamples(rollouts, new_model(world, rollouts)[1], world)
+    examples = tasks.GroundingExamples(rollouts, new_model(world, rollouts)[1], world)
     assert len(examples) == len(examples.examples)
     for task in TASKS:
         groups = [rows for t, rows in examples.examples if t == task]
@@ -103,9 +103,9 @@ def test_every_rollout_is_in_every_task_once_and_shares_a_prompt_only_with_its_g
 
 def test_copies_come_first_as_they_are_and_then_with_renamed_balls(world, rollouts):
     _, tokenizer = new_model(world, rollouts)
-    tasks = ("dynamics", "explanation", "generation")
-    once = ground.GroundingExamples(rollouts, tokenizer, world, tasks)
-    thrice = ground.GroundingExamples(rollouts, tokenizer, world, tasks, copies=3, seed=3)
+    three = ("dynamics", "explanation", "generation")
+    once = tasks.GroundingExamples(rollouts, tokenizer, world, three)
+    thrice = tasks.GroundingExamples(rollouts, tokenizer, world, three, copies=3, seed=3)
     assert len(thrice) == 3 * len(once)
     changed = 0
     for index in (0, 7, len(once) - 1):
@@ -125,7 +125,7 @@ def test_more_segments_than_a_mask_can_tell_apart_are_refused(world, rollouts):
     longest = max(rollouts, key=lambda record: len(record["actions"]))
     too_many = [longest] * (SEGMENTS // len(longest["actions"]) + 1)
     with pytest.raises(ValueError, match=f"at most {SEGMENTS} segments"):
-        ground.make_example("dynamics", tiny_llm(world)[1], world, too_many)
+        tasks.make_example("dynamics", tiny_llm(world)[1], world, too_many)
 
 
 # ------------------------------------------------------------------ packing
@@ -142,7 +142,7 @@ def test_packed_rows_unpack_to_the_same_examples(lengths, row_length):
         example["segments"] = np.sort(rng.integers(5, size=n))
         example |= {"position_ids": np.arange(n), "predict": rng.random(n) < 0.5}
         examples.append({**example, "task": np.full(n, number % 4)})
-    batch, found = ground.pack(examples, row_length), {}
+    batch, found = tasks.pack(examples, row_length), {}
     for row in range(len(batch["segments"])):
         used = batch["segments"][row] >= 0
         assert not batch["predict"][row, ~used].any()
@@ -167,8 +167,8 @@ def separate(world, rollouts):
     for start in range(0, 24, 4):
         for task in TASKS:
             some = rollouts[start : start + 1 + start % 3]
-            examples.append(ground.make_example(task, tokenizer, world, some))
-    batch = ground.pack(examples, row_length=1)
+            examples.append(tasks.make_example(task, tokenizer, world, some))
+    batch = tasks.pack(examples, row_length=1)
     assert len(batch["segments"]) == len(examples)
     return model, examples, batch
 
@@ -185,20 +185,20 @@ def test_losses_are_the_same_however_examples_are_ordered_packed_and_padded(
 ):
     model, examples, alone = separate
     shuffled = order.sample(examples, len(examples))
-    batch = padded(ground.pack(shuffled, row_length), more)
+    batch = padded(tasks.pack(shuffled, row_length), more)
     assert losses_of(model, batch) == pytest.approx(losses_of(model, alone), rel=1e-4)
 
 
 def test_a_rollout_in_a_row_with_others_is_predicted_as_if_alone(world, rollouts):
     model, tokenizer = new_model(world, rollouts)
     same_goal = [{**record, "goal": rollouts[0]["goal"]} for record in rollouts[:3]]
-    generation = ground.make_example("generation", tokenizer, world, same_goal)
-    dynamics = ground.make_example("dynamics", tokenizer, world, rollouts[5:9])
-    batch = ground.pack([generation, dynamics], row_length=9999)
+    generation = tasks.make_example("generation", tokenizer, world, same_goal)
+    dynamics = tasks.make_example("dynamics", tokenizer, world, rollouts[5:9])
+    batch = tasks.pack([generation, dynamics], row_length=9999)
     assert len(batch["segments"]) == 1
     together, ours = outputs(model, batch), batch["task"] == TASKS.index("generation")
     for number, record in enumerate(same_goal, 1):
-        single = ground.pack([ground.make_example("generation", tokenizer, world, [record])])
+        single = tasks.pack([tasks.make_example("generation", tokenizer, world, [record])])
         here = ours & (batch["segments"] % SEGMENTS == number)
         for many, alone in zip(together, outputs(model, single)):
             expected = alone[single["segments"] == 1]

@@ -9,8 +9,8 @@ from test_model import TINY_LLMS, tiny_model
 import env
 import rollout
 from data.rollouts import read_rollouts
-from ground import PROMPTS, text_ids
 from model import ACTION, SEGMENTS, STATE, TEXT
+from tasks import PROMPTS, text_ids
 
 
 @pytest.fixture(scope="module")

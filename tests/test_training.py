@@ -10,6 +10,7 @@ from conftest import ROOT, expert_rollouts, grounding_settings, new_model, tiny_
 
 import env
 import ground
+import tasks
 from data.grounded import observation_statistics, wrap_llm
 from model import STATE, TASKS
 
@@ -37,8 +38,8 @@ def test_grounding_lowers_the_loss_of_every_task(world, rollouts, grounded, loss
     examples = []
     for record in rollouts[:20]:
         for task in TASKS[:4]:  # description is not trained on without being asked for
-            examples.append(ground.make_example(task, tokenizer, world, [record]))
-    batch = ground.pack(examples)
+            examples.append(tasks.make_example(task, tokenizer, world, [record]))
+    batch = tasks.pack(examples)
     before = losses_of(new_model(world, rollouts)[0], batch)[:-1]
     after = losses_of(model, batch)[:-1]
     assert all(a < b for a, b in zip(after, before)), (before, after)
@@ -56,7 +57,7 @@ def trainer_of(model, tokenizer, world, rollouts, work, **options):
     return ground.GroundingTrainer(
         model=model,
         args=grounding_settings(work, **options),
-        data_collator=ground.pack,
+        data_collator=tasks.pack,
         processing_class=tokenizer,
         world=world,
         held_out=rollouts,
@@ -70,7 +71,7 @@ def test_logged_losses_average_only_the_batches_that_have_them(
     trainer = trainer_of(model, tokenizer, world, rollouts, tmp_path)
     expected = {}
     for task in ("dynamics", "explanation"):
-        batch = ground.pack([ground.make_example(task, tokenizer, world, rollouts[:1])])
+        batch = tasks.pack([tasks.make_example(task, tokenizer, world, rollouts[:1])])
         trainer.compute_loss(model, batch)
         expected[f"{task}_loss"] = losses_of(model, batch)[0]
     trainer.log({"loss": 1.0})
@@ -185,9 +186,9 @@ def test_evaluation_agrees_with_one_rollout_at_a_time(world, rollouts, grounded)
     held_out = rollouts[100:]  # some were seen in training, so that no figure is 0
     actions, errors, still = [], [], []
     for record in held_out:
-        example = ground.make_example("generation", tokenizer, world, [record])
+        example = tasks.make_example("generation", tokenizer, world, [record])
         start = int(np.flatnonzero(example["modality"] == STATE)[0])  # s0; then a0, s1, a1, ...
-        batch = ground.pack([example])
+        batch = tasks.pack([example])
         del batch["predict"], batch["task"]
         with torch.no_grad():
             out = model(**batch)
