@@ -23,7 +23,7 @@ from data import finite
 from data.grounded import adapter_hash
 from experiment.logs import LogLines, last_checkpoint
 from experiment.settings import absolute, at_least, setting
-from model import ACTION, PAD, STATE, TASKS, KalmForRollouts
+from model import ACTION, PAD, STATE, TASKS, KalmForRollouts, is_new
 from tasks import GroundingExamples, pack
 
 # ----------------------------------------------------------------------------------------------
@@ -161,11 +161,10 @@ class GroundingTrainer(transformers.Trainer):
         """The optimizer of --optim, with two learning rates."""
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         options["weight_decay"] = self.args.weight_decay
-        new_names = set(self.model.new_parameters())
         new, old = [], []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                (new if name in new_names else old).append(parameter)
+                (new if is_new(name) else old).append(parameter)
         groups = [{"params": new, "lr": self.args.new_learning_rate}]
         if old:
             groups.append({"params": old, "lr": self.args.learning_rate})

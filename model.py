@@ -37,14 +37,10 @@ class KalmConfig(PreTrainedConfig):
     """What builds a KalmForRollouts besides its weights.
 
     backbone_config: configuration of the causal LM, as an object or a dict with `model_type`.
-    observation_mean, observation_std: (observation_dim,) statistics that normalise states inside
-    the model.
-    change_std: (observation_dim,) scale of one-step changes; the state head predicts changes in
-    these units.
-    objects: how many like objects a state lists, each with as many numbers; an action is object *
-    moves + move.
-    frequencies: of the sines and cosines that each normalised number of a state enters as, beside
-    itself.
+    observation_mean, observation_std: (observation_dim,), normalise states inside the model.
+    change_std: (observation_dim,), of one-step changes: the unit of what the state head predicts.
+    objects: how many like objects a state lists; an action is object * moves + move.
+    frequencies: of the sines and cosines that enter beside each normalised number of a state.
     embedding_rms: root mean square that state and action embeddings start with.
     lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on its linear layers:
     lora_targets names these with commas ("all-linear": all but the output), lora_alpha / lora_rank
@@ -169,6 +165,11 @@ def task_losses(losses: dict[str, Tensor], tasks: dict[str, Tensor]) -> Tensor:
     return torch.stack(by_task)
 
 
+def is_new(name: str) -> bool:
+    """Whether grounding adds a parameter of this name, or the LLM had it."""
+    return not name.startswith("backbone.") or ".lora_" in name
+
+
 # ----------------------------------------------------------------------------------------------
 # The model
 
@@ -252,8 +253,8 @@ class KalmForRollouts(PreTrainedModel):
 
     def new_parameters(self) -> list[str]:
         """Names of what grounding adds: all outside of the backbone, and LoRA's adapters."""
-        names = [name for name, _ in self.named_parameters()]
-        return [name for name in names if not name.startswith("backbone.") or ".lora_" in name]
+        names = [name for name, _ in self.named_parameters() if is_new(name)]
+        return [name.replace("_checkpoint_wrapped_module.", "") for name in names]  # FSDP's
 
     def waves(self, numbers: Tensor) -> Tensor:
         """Normalised numbers (..., N) with sines and cosines, (..., N * (1 + 2 * frequencies))."""
@@ -292,15 +293,13 @@ class KalmForRollouts(PreTrainedModel):
 
         input_ids: (B, L) int64, the token or action index of each position (0 at states).
         modality: (B, L) int64 of TEXT, STATE, ACTION or PAD.
-        states: (B, L, observation_dim), at a state its numbers, at an action the state that it is
-        taken in.
+        states: (B, L, observation_dim), at a state its numbers, at an action those before it.
         segments: (B, L), see `segment_mask`; or attention_mask: (B, past + L), 0 at padding, as in
         transformers.
         position_ids: (B, L); segments that share a prompt all go on where it ends.
         predict: (B, L) bool, the positions to be predicted from the position before; gives `loss`.
         task: (B, L) int64 index into TASKS, for the losses by task.
-        text_logits: the last so many positions also get `logits`, which cost as much as several
-        layers; None: all.
+        text_logits: the last so many positions also get `logits`, which are costly; None: all.
         """
         embeddings = self.embed(input_ids, modality, states)
         if segments is not None:
@@ -438,8 +437,8 @@ class KalmForRollouts(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *args, llm: PreTrainedModel | None = None, **kwargs):
-        """As transformers does. Where LoRA was trained, the folder has what was trained alone: it is
-        put on `llm`, or on the LLM that it was trained on, wherever that was.
+        """As transformers does. With LoRA a folder has what was trained alone, which is put on
+        `llm`, or on the LLM that it was trained on, loaded from where that was.
 
         Raises ValueError for an LLM that is gone or another, and for weights that do not fit.
         """

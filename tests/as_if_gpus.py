@@ -1,8 +1,8 @@
 """kalm.py in CPU processes that accelerate takes for GPUs, so that its DDP and FSDP2 paths run:
 `torchrun --nproc_per_node 2 tests/as_if_gpus.py WAY STOP_AT ARGUMENTS`, for test_distributed.py.
 
-WAY: ddp, fsdp or sharded, which is fsdp with checkpoints in shards. STOP_AT: the step of grounding
-before which the processes die, as if killed, 0 for none.
+WAY: ddp, fsdp, or sharded, which is fsdp as configs/fsdp.yaml has it. STOP_AT: the step of
+grounding before which the processes die, as if killed, 0 for none.
 """
 
 import os
@@ -19,7 +19,8 @@ if way != "ddp":
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_STATE_DICT_TYPE": kind,
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": os.environ.get("RAM_EFFICIENT", "false"),
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false" if way == "fsdp" else "true",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false" if way == "fsdp" else "true",
     }
 
 import torch
