@@ -81,7 +81,10 @@ def weights_of(model: KalmForRollouts) -> dict[str, torch.Tensor]:
         return model.state_dict()
     trained_alone = bool(model.config.lora_rank)
     options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": trained_alone}
-    return get_model_state_dict(model, options=StateDictOptions(**options))
+    weights = get_model_state_dict(model, options=StateDictOptions(**options))
+    for name in model.all_tied_weights_keys:
+        weights.pop(name, None)  # once is enough
+    return weights
 
 
 def is_sharded(model: KalmForRollouts) -> bool:

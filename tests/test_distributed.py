@@ -113,3 +113,15 @@ def test_shipped_configurations_are_what_accelerate_takes(name, kind):
         known = {action.dest for action in launch_command_parser()._actions}
         given = yaml.safe_load(path.read_text("utf-8"))["fsdp_config"]
         assert set(given) <= known and arguments.fsdp_version in (2, "2")
+
+
+def test_the_settings_for_one_small_card_ground_in_4_bits(llms, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = ("--config", ROOT / "configs" / "24gb.yaml", "--llm", llms["untied"], "--bf16", "true")
+    ground_in(tmp_path / "run", *options, "--keep_layers", 0, "--max_steps", 2)
+    record = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["ground"]
+    settings = record["settings"]
+    assert settings["load_in_4bit"] and settings["lora_rank"] == 64
+    trained = sum(weight.nbytes for weight in weights(tmp_path / "run").values())
+    file = tmp_path / "run" / "grounded" / "model.safetensors"
+    assert trained < file.stat().st_size < 1.1 * trained
