@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import env
 from data import finite
 from data.grounded import adapter_hash
+from experiment.launch import cpu_workers
 from experiment.logs import LogLines, last_checkpoint
 from experiment.settings import absolute, at_least, setting
-from model import ACTION, PAD, STATE, TASKS, KalmForRollouts, is_new
+from model import ACTION, MODALITIES, PAD, STATE, TASKS, KalmForRollouts, is_new, weighted_sum
 from tasks import GroundingExamples, pack
 
 # ----------------------------------------------------------------------------------------------
@@ -72,6 +73,7 @@ class GroundingArguments(transformers.TrainingArguments):
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.run_name = self.run_name or "grounding"
         self.adapter = absolute(self.adapter, "none", "released")
+        self.per_device_train_batch_size //= cpu_workers()  # which are one device together
         self.remove_unused_columns = False  # examples are what the model takes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -118,6 +120,7 @@ class GroundingArguments(transformers.TrainingArguments):
             names = ("adapter", "keep_layers", "max_steps", "num_train_epochs", "load_in_4bit")
             return {name: getattr(self, name) for name in names}
         values = self.to_dict()
+        values["per_device_train_batch_size"] *= cpu_workers()
         del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]  # says nothing
         recorded = {name: values.get(name) for name in TRAINING_SETTINGS}
         return {name: value for name, value in recorded.items() if value not in ("", None)}
@@ -188,11 +191,25 @@ class GroundingTrainer(transformers.Trainer):
         step = f"grounding, step {self.state.global_step + 1}"
         rows = (inputs["states"], output.state_pred, output.action_logits)
         finite.check(step, {"loss": output.loss}, rows, about=tasks_of)
-        parts = {f"{name}_loss": loss for name, loss in output.losses.items()}
+        means = self.means_of_all(output.losses, inputs)
+        output.loss = weighted_sum(means)
+        parts = {f"{name}_loss": loss for name, loss in means.items()}
         parts |= {f"{task}_loss": loss for task, loss in zip(TASKS, output.task_losses)}
         for name, loss in parts.items():
             self.loss_parts[name].append(loss.detach())
         return (output.loss, output) if return_outputs else output.loss
+
+    def means_of_all(self, means: dict, inputs: dict) -> dict[str, torch.Tensor]:
+        """Losses of this process so weighted that their mean over processes is the mean over all
+        positions, as if one process had them all. The Trainer takes that mean.
+        """
+        counts = []
+        for kind in MODALITIES.values():
+            is_predicted = inputs["predict"][:, 1:] & (inputs["modality"][:, 1:] == kind)
+            counts.append(is_predicted.sum().float())
+        of_all = self.accelerator.reduce(torch.stack(counts), "mean").clamp(min=1e-9)
+        shares = zip(means.items(), counts, of_all)
+        return {name: loss * (count / mean) for (name, loss), count, mean in shares}
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -204,7 +221,8 @@ class GroundingTrainer(transformers.Trainer):
         """Add the parts of the loss to an entry that has the loss."""
         if "loss" in logs:
             for name, values in self.loss_parts.items():
-                values = self.accelerator.gather(torch.stack(values))
+                everywhere = self.accelerator.gather(torch.stack(values))
+                values = everywhere.view(self.args.world_size, -1).mean(0)
                 present = (values != 0).sum().clamp(min=1)  # 0: the batch has no such position
                 logs[name] = round((values.sum() / present).item(), 4)
             self.loss_parts.clear()

@@ -17,12 +17,15 @@ from experiment import folder
 
 if __name__ == "__main__":
     folder.stop_cleanly()  # before the imports below, which take seconds
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # one bar is enough
     sys.stdout.reconfigure(errors="replace")  # goals may have characters that a terminal lacks
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin
 
 import itertools
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +45,7 @@ import tasks
 from data import formats, grounded, llm, minari_io
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
-from experiment import card, command, episode, logs, memory, report
+from experiment import card, command, episode, launch, logs, memory, report
 from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
 from experiment.quality import explanation_figures, rollout_figures
 from experiment.run import Run
@@ -430,6 +433,8 @@ def main(arguments: list[str] | None = None) -> int:
             sentence = f"{type(error).__name__}: {sentence} (--traceback shows where)"
         if stages_begun:
             sentence = f"stage {stages_begun[-1]!r}: {sentence}; finished stages are kept"
+        if not launch.is_first():
+            time.sleep(2)  # if the first process fails too, it has said so and all have ended
         print(f"kalm: {sentence}", file=sys.stderr)
         return 2
     return 0
@@ -482,4 +487,8 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
+    count = launch.workers(SettingsParser(CLASSES).given(sys.argv[1:]))
+    if count > 1:
+        sys.exit(launch.start(sys.argv[0], sys.argv[1:], count))
+    launch.stop_with_launcher()
     sys.exit(main())

@@ -68,6 +68,13 @@ def hub_reachable() -> bool:
         return False
 
 
+def bytes_on_disk(name: str) -> int:
+    """How large the weights of a model are, 0 where that is not known without asking a network."""
+    path = default_folder() if name == DEFAULT else Path(name)
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
 def must_be_fetched(name: str) -> bool:
     """Whether `resolve` would ask a network for a model."""
     at_hand = default_folder() if name == DEFAULT else Path(name)

@@ -4,6 +4,7 @@ checks that need several settings at once.
 This file knows what goes together, and nothing of what stages do.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from accelerate import PartialState
 import env
 from data import llm
 from data.grounded import adapter_folder
-from experiment import probe
+from experiment import launch, probe
 from experiment.folder import Manifest, read_json, sha256
-from experiment.settings import absolute, setting
+from experiment.settings import absolute, at_least, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import LearnArguments
 from rollout import ImagineArguments
@@ -38,11 +39,13 @@ class RunArguments:
     config: str = setting("", "YAML or JSON file of settings; the command line wins")
     env: str = setting(env.DEFAULT_WORLD, "the world: a name in worlds/ or path/to/file.py:Class")
     llm: str = setting(llm.DEFAULT, "smollm2, tiny, a folder, a .gguf file or a Hub name")
-    dry_run: bool = setting(False, "print the plan, write nothing")
+    processes: int = setting(0, "workers; 0: one a GPU, or one a core if memory allows")
+    dry_run: bool = setting(False, "print the plan and the memory it takes, write nothing")
     force: bool = setting(False, "redo the stages even if nothing changed")
     traceback: bool = setting(False, "show the traceback of an error")
 
     def __post_init__(self):
+        at_least(0, self, "processes")
         self.llm = absolute(self.llm, llm.DEFAULT, llm.TINY)
         file, colon, name = self.env.rpartition(":")
         self.env = absolute(file) + colon + name
@@ -78,6 +81,9 @@ def defaults_of(scales: Mapping[str, dict], given: Mapping[str, str]) -> dict:
     language_model = given.get("llm", defaults.get("llm"))
     is_large = language_model != llm.TINY
     defaults["bf16"] = is_large and bf16_is_fast()
+    processes = int(os.environ.get("WORLD_SIZE", "1")) // launch.cpu_workers()
+    in_all = defaults.get("per_device_train_batch_size", 32)  # of a scale, on all devices
+    defaults["per_device_train_batch_size"] = max(1, in_all // max(1, processes))
     defaults["fp16"] = is_large and torch.cuda.is_available() and not defaults["bf16"]
     if defaults.get("adapter") == "released":
         asks_for_training = {"data", "env", "llm", *TRAINING_SETTINGS} - {"adapter"} & set(given)

@@ -117,7 +117,14 @@ def test_shipped_configurations_are_what_accelerate_takes(name, kind):
 
 def test_the_settings_for_one_small_card_ground_in_4_bits(llms, tmp_path):
     pytest.importorskip("bitsandbytes")
-    options = ("--config", ROOT / "configs" / "24gb.yaml", "--llm", llms["untied"], "--bf16", "true")
+    options = (
+        "--config",
+        ROOT / "configs" / "24gb.yaml",
+        "--llm",
+        llms["untied"],
+        "--bf16",
+        "true",
+    )
     ground_in(tmp_path / "run", *options, "--keep_layers", 0, "--max_steps", 2)
     record = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["ground"]
     settings = record["settings"]
