@@ -258,16 +258,16 @@ def source_of(method: str) -> str:
 class LearnArguments:
     """Which rollouts to learn from, by which methods and how."""
 
-    keep: str = setting("matched", "imagined: matched (judge), explained (own words), both, all")
+    keep: str = setting("matched", "imagined: matched (judge), explained, both, all")
     kept_per_goal: int = setting(0, "at most so many of a goal; 0: all")
-    dynamics_tolerance: float = setting(0.0, "drop transitions further off by self_check; 0: none")
+    dynamics_tolerance: float = setting(0.0, "drop transitions further off; 0: none")
     balance_goals: bool = setting(True, "draw imaginary batches by goal, not by transition")
     encoder: str = setting("llm", "of goals: llm (the base LLM), or a transformers model")
     encoder_layers: int = setting(4, "first layers of the base LLM to use; 0: all")
     goal_dimensions: int = setting(0, "principal components of encodings to use; 0: all")
     rl_steps: int = setting(RLConfig.steps, "gradient steps of offline RL")
     rl_batch: int = setting(RLConfig.batch, "transitions a step and seed")
-    rl_learning_rate: float = setting(RLConfig.lr, "of the policies")
+    rl_learning_rate: float = setting(RLConfig.lr, "of policies")
     conservative_weight: float = setting(RLConfig.conservative_weight, "alpha of CQL")
     imaginary_share: float = setting(RLConfig.imaginary_share, "of each batch")
     methods: str = setting(
@@ -276,10 +276,8 @@ class LearnArguments:
     )
     seeds: int = setting(3, "policies for each method")
     rl_snapshot_steps: int = setting(RLConfig.snapshot_steps, "gradient steps between snapshots")
-    curve_points: int = setting(
-        5, "policies kept, evenly over the steps, for success over training"
-    )
-    last_checkpoints: int = setting(5, "and so many a fiftieth of the steps apart, up to the end")
+    curve_points: int = setting(5, "policies kept on the way")
+    last_checkpoints: int = setting(5, "and a fiftieth apart, to the end")
 
     def __post_init__(self):
         self.encoder = absolute(self.encoder, "llm")

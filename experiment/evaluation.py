@@ -28,8 +28,8 @@ class EvaluateArguments:
 
     episodes: int = setting(200, "for each method, level and seed")
     episode_steps: int = setting(50, "actions in an episode at most")
-    curve_episodes: int = setting(40, "the same at each point of success over training")
-    report_last: int = setting(1, "checkpoints whose mean is a method's success; the paper: 5")
+    curve_episodes: int = setting(40, "the same of policies on the way")
+    report_last: int = setting(1, "checkpoints to report the mean of")
 
     def __post_init__(self):
         at_least(1, self, "episodes", "episode_steps", "curve_episodes", "report_last")

@@ -63,19 +63,28 @@ def without_times(results):
 
 
 def assert_complete(results):
-    assert set(results) == {"success", "quality", "grounding", "time_s", "config"}
+    of_policies = {"success", "goals", "curves", "last_checkpoints"}
+    assert set(results) == of_policies | {"quality", "grounding", "time_s", "config"}
     methods = kalm.SCALES["smoke"]["methods"].split(",")
     assert list(results["success"]) == methods
     for method, row in results["success"].items():
         assert list(row) == list(env.LEVELS)
         for cell in row.values():
             rates = cell.pop("seeds")
+            outcomes = cell.pop("outcomes")
+            assert [text.count("1") / 6 for text in outcomes] == pytest.approx(rates)
             assert (
                 len(rates) == (1 if method == "llm" else 2) and 0 <= min(rates) <= max(rates) <= 1
             )
             expected = {"mean": np.mean(rates), "std": np.std(rates), "episodes": 6 * len(rates)}
             assert cell == pytest.approx(expected)
+    for method in methods[:-1]:
+        for level in env.LEVELS:
+            steps = [step for step, rates in results["curves"][method][level] if len(rates) == 2]
+            assert steps == [30, 59, 60]
+            assert results["last_checkpoints"][method][level]["episodes"] == 2 * 4 * 2
     for level in env.NOVEL_LEVELS:
+        assert len(results["goals"][level]) == 6
         assert all(0 <= results["quality"][level][rate] <= 1 for rate in ("match", "executed"))
     assert set(results["time_s"]) == set(STAGES) - {"report"}
 

@@ -187,7 +187,7 @@ def test_paths_hold_from_anywhere(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ help and plans
 
 
-@pytest.mark.parametrize("columns, screens", [(80, 2 * 55), (120, 2 * 50), (300, 2 * 50)])
+@pytest.mark.parametrize("columns, screens", [(80, 2 * 56), (120, 2 * 50), (300, 2 * 50)])
 def test_help_fits_two_screens_and_shows_every_setting_of_ours_by_scale(
     monkeypatch, capsys, columns, screens
 ):
