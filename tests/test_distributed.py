@@ -16,19 +16,16 @@ from safetensors.torch import load_file
 
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 STEPS = "--scale smoke --stage collect ground --max_steps 5 --logging_steps 1 --save_steps 2"
-STEPS += " --eval_strategy no --per_device_train_batch_size 4"
+STEPS += " --eval_strategy no"
 
 
 def ground_in(run, *options, way=None, stop_at=0, stage=None):
     """Five steps of grounding in a run's folder, on two processes or, without a way, one: its
-    exit code.
-
-    One process takes both processes' batches in turn before each step.
+    exit code. One process takes the batches of both together.
     """
     script = [ROOT / "tests" / "as_if_gpus.py", way or "ddp", stop_at]
     command = [sys.executable, *(LAUNCHER if way else ()), *script, *STEPS.split()]
-    if way is None:
-        command += ["--gradient_accumulation_steps", "2"]
+    command += ["--per_device_train_batch_size", "4" if way else "8"]
     command += ["--output_dir", run, *options]
     done = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", timeout=300)
     if not stop_at:
