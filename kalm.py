@@ -434,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
         if stages_begun:
             sentence = f"stage {stages_begun[-1]!r}: {sentence}; finished stages are kept"
         if not launch.is_first():
-            time.sleep(2)  # if the first process fails too, it has said so and all have ended
+            time.sleep(5)  # if the first process fails too, it says so, and all are ended
         print(f"kalm: {sentence}", file=sys.stderr)
         return 2
     return 0
@@ -491,4 +491,4 @@ if __name__ == "__main__":
     if count > 1:
         sys.exit(launch.start(sys.argv[0], sys.argv[1:], count))
     launch.stop_with_launcher()
-    sys.exit(main())
+    launch.leave(main())

@@ -1,0 +1,65 @@
+"""Memory: the estimate of a plan beside what grounding took, and what a launch starts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, grounding_settings
+
+from experiment import memory
+from model import KalmConfig, KalmForRollouts
+
+ROWS = {
+    "input_ids": torch.zeros(4, 64, dtype=torch.long),
+    "modality": torch.full((4, 64), 1),
+    "predict": torch.ones(4, 64, dtype=torch.bool),
+}
+
+
+def config(lora_rank=0, layers=4):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    backbone = transformers.LlamaConfig(vocab_size=500, num_hidden_layers=layers, **sizes)
+    return KalmConfig(backbone_config=backbone, objects=5, lora_rank=lora_rank)
+
+
+def parts(tmp_path, lora_rank=0, dtype=torch.float32, layers=4, **options):
+    settings = grounding_settings(tmp_path, lora_rank=lora_rank, **options)
+    return memory.of_grounding(config(lora_rank, layers), ROWS, settings, dtype)
+
+
+def test_weights_and_optimizer_are_counted_to_the_byte(tmp_path):
+    model = KalmForRollouts(config())
+    words = model.get_input_embeddings().weight.numel()
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    found = parts(tmp_path)
+    assert found["weights"] == 4 * numbers
+    assert found["optimizer"] == 8 * (numbers - words)
+    with_lora = KalmForRollouts(config(lora_rank=8))
+    new = sum(p.numel() for p in with_lora.parameters() if p.requires_grad)
+    old = sum(p.numel() for p in with_lora.parameters()) - new
+    found = parts(tmp_path, 8, torch.bfloat16)
+    assert found["weights"] == 4 * new + 2 * old and found["optimizer"] == 8 * new
+
+
+def test_checkpoints_of_layers_and_fewer_layers_keep_less(tmp_path):
+    kept = "activations or gradients"
+    deep = parts(tmp_path, 8, layers=12)[kept]
+    shallow = parts(tmp_path, 8, layers=6)[kept]
+    checkpointed = parts(tmp_path, 8, layers=12, activation_checkpointing=True)[kept]
+    assert checkpointed < shallow < 0.75 * deep
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("width, layers", [(256, 6), (512, 8)])
+def test_the_estimate_is_near_what_grounding_takes(tmp_path, width, layers):
+    for options in (("--lora_rank", 0), ("--lora_rank", 32)):
+        script = [sys.executable, ROOT / "tests" / "peak_memory.py", tmp_path, width, layers]
+        command = [*map(str, (*script, *options, "--per_device_train_batch_size", 24))]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.rpartition("FOUND")[2])
+        assert found["estimate"] == pytest.approx(found["measured"], rel=0.15), found
