@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 
 import env
 from data import finite
@@ -23,7 +25,7 @@ from experiment import folder
 from experiment.settings import absolute, at_least, setting
 from ground import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
 from ground import rollout_positions as positions_of
-from model import ACTION, PAD, SEGMENTS, STATE, TEXT, KalmForRollouts
+from model import PAD, SEGMENTS, KalmForRollouts
 
 # ----------------------------------------------------------------------------------------------
 # Sequences behind a key-value cache
@@ -32,12 +34,15 @@ from model import ACTION, PAD, SEGMENTS, STATE, TEXT, KalmForRollouts
 class Sequences:
     """Sequences of positions, one a row, that grow together behind a key-value cache.
 
-    out: the model's output at the last position of each row.
+    hidden: (B, hidden), of the model's last layer at the last position of each row; what comes next
+    is asked of a head there.
     """
 
-    def __init__(self, model: KalmForRollouts, prompts: Sequence[list], text_logits: int = 0):
+    def __init__(self, model: KalmForRollouts, prompts: Sequence[list]):
         """Prefill: run ragged prompts, lists of `ground.Position`, left-padded."""
-        self.model, self.text_logits = model, text_logits
+        self.model = model
+        self.cache = None
+        self.dtype = model.get_input_embeddings().weight.dtype
         shape = len(prompts), max(map(len, prompts))
         ids = np.zeros(shape, np.int64)
         modality = np.full(shape, PAD)
@@ -49,56 +54,107 @@ class Sequences:
                 if position.state is not None:
                     states[row, column] = position.state
         arrays = [torch.as_tensor(array, device=model.device) for array in (ids, modality, states)]
-        ids, modality, states = arrays
-        self.mask = (modality != PAD).long()
+        self.mask = (arrays[1] != PAD).long()
         position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = position_ids[:, -1] + 1
-        self._run(ids, modality, states, position_ids, cache=None)
+        self.hidden = self._run(model.embed(*arrays), self.mask, position_ids)[:, -1]
 
     def __len__(self):
         return len(self.mask)
 
-    def feed(self, modality: int, index: torch.Tensor, states: torch.Tensor) -> None:
-        """Append one position a row: a token, action or state. index: (B,); states: (B, D)."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self), 1)], 1)
-        kind = torch.full_like(index, modality)[:, None]
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with some of the rows alone, or with a row several times."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+        self.next_position = self.next_position[rows]
+        self.hidden = self.hidden[rows]
+
+    def feed(self, embeddings: torch.Tensor) -> None:
+        """Append one position a row. embeddings: (B, hidden), of tokens, actions or states."""
+        self.mask = F.pad(self.mask, (0, 1), value=1)
         position_ids = self.next_position[:, None]
-        self._run(index[:, None], kind, states[:, None], position_ids, self.cache)
+        self.hidden = self._run(embeddings[:, None], self.mask, position_ids)[:, -1]
         self.next_position = self.next_position + 1
 
-    def repeat(self, count: int) -> None:
-        """Let each row stand count times, one after the other."""
-        if count > 1:
-            self.cache.batch_repeat_interleave(count)
-            self.mask = self.mask.repeat_interleave(count, 0)
-            self.next_position = self.next_position.repeat_interleave(count, 0)
+    def feed_branches(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Append several positions a row that stand beside each other: a tree in the attention.
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Go on with some of the rows alone."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.next_position = self.mask[rows], self.next_position[rows]
+        embeddings: (B, count, hidden). Each sees what came before and itself. Returns the hidden
+        states there (B, count, hidden); before anything else is fed, `keep_branch` chooses.
+        """
+        count = embeddings.shape[1]
+        if not self._cache_is_plain():
+            self.select(torch.arange(len(self), device=self.mask.device).repeat_interleave(count))
+            self.feed(embeddings.flatten(0, 1))
+            return self.hidden.unflatten(0, (-1, count))
+        before = self.mask[:, None].expand(-1, count, -1)
+        beside = torch.eye(count, dtype=torch.long, device=self.mask.device)
+        seen = torch.cat([before, beside.expand(len(self), -1, -1)], 2)[:, None]
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+        mask = mask.masked_fill(seen == 0, torch.finfo(self.dtype).min)
+        position_ids = self.next_position[:, None].expand(-1, count)
+        self.hidden = self._run(embeddings, mask, position_ids)
+        return self.hidden
 
-    def _run(self, ids, modality, states, position_ids, cache):
-        options = {"attention_mask": self.mask, "position_ids": position_ids, "cache": cache}
-        options |= {"use_cache": True, "text_logits": self.text_logits}
-        self.out = self.model(ids, modality, states, **options)
-        self.cache = self.out.cache
+    def keep_branch(self, chosen: torch.Tensor, count: int) -> None:
+        """Go on with one of the count branches of each row. chosen: (B,) of their indices."""
+        rows = torch.arange(len(chosen), device=chosen.device)
+        if not self._cache_is_plain():
+            self.select(rows * count + chosen)
+            return
+        length = self.mask.shape[1]
+        for layer in self.cache.layers:  # keys, values: (B, heads, length + count, head_dim)
+            for cached in (layer.keys, layer.values):
+                cached[:, :, length] = cached[rows, :, length + chosen]
+            layer.keys = layer.keys[:, :, : length + 1]
+            layer.values = layer.values[:, :, : length + 1]
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.next_position = self.next_position + 1
+        self.hidden = self.hidden[rows, chosen]
+
+    def _cache_is_plain(self) -> bool:
+        """Whether it holds all keys and values in order: no sliding window, no recurrent state."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def _run(self, embeddings, mask, position_ids):
+        out = self.model.backbone.base_model(
+            inputs_embeds=embeddings.to(self.dtype),
+            attention_mask=mask,
+            position_ids=position_ids,
+            cache=self.cache,
+            use_cache=True,
+        )
+        self.cache = out.cache
+        return out.last_hidden_state
 
 
 # ----------------------------------------------------------------------------------------------
 # Imagining and acting
 
 
-def sample_actions(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator, count: int = 1
-) -> torch.Tensor:
-    """count different actions (B, count) from logits (B, num_actions): the best at temperature
-    0.
+def gumbel_noise(
+    seed: int | Sequence[int], rollouts: Sequence[int], steps: int, num_actions: int
+) -> np.ndarray:
+    """Gumbel noise (B, steps, num_actions) of B rollouts by their numbers: each has a generator
+    of its own, so that its draws do not depend on what else is in a batch.
     """
-    if temperature == 0:
-        return logits.topk(count).indices
-    weights = (logits.float() / temperature).softmax(-1).clamp(min=1e-9).cpu()
-    return torch.multinomial(weights, count, generator=generator).to(logits.device)
+    noise = np.empty((len(rollouts), steps, num_actions))
+    for row, number in enumerate(rollouts):
+        rng = np.random.default_rng([*np.atleast_1d(seed), number])
+        noise[row] = rng.gumbel(size=(steps, num_actions))
+    return noise
+
+
+def sample_actions(
+    logits: np.ndarray, temperature: float, noise: np.ndarray, count: int = 1
+) -> np.ndarray:
+    """count different actions (B, count) from logits (B, num_actions) and Gumbel noise like them.
+
+    The largest noisy logits are a sample without replacement (Kool et al., 2019); at temperature 0
+    they are the likeliest actions.
+    """
+    scores = logits + temperature * noise
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
 def best_candidates(
@@ -106,34 +162,46 @@ def best_candidates(
 ) -> np.ndarray:
     """Which of the actions tried in each row should lead nearest to its goal, and at best to it.
 
-    goals: (B, ...) encoded; obs: (B, D); nexts: (B * count, D), imagined; actions: (B, count).
-    Returns indices (B,) into nexts.
+    goals: (B, ...) encoded; obs: (B, D); nexts: (B, count, D), imagined; actions: (B, count).
+    Returns indices (B,) below count.
     """
     count = actions.shape[1]
-    goals, obs = np.repeat(goals, count, 0), np.repeat(obs, count, 0)
+    goals = np.repeat(goals, count, 0)
+    obs = np.repeat(obs, count, 0)
+    nexts = nexts.reshape(len(obs), -1)
     met = world.success(goals, obs, nexts, actions.reshape(-1), imagined=True)
     distance = world.potential(goals, nexts) - 1e6 * met
-    return distance.reshape(-1, count).argmin(1) + count * np.arange(len(actions))
+    return distance.reshape(-1, count).argmin(1)
 
 
 def imagine_step(
-    sequences: Sequences, world: env.World, goals, obs: torch.Tensor, actions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences: Sequences, world: env.World, goals, obs: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Take actions in mind, (b, count) tried in each row, and go on with the best of each.
 
     goals: (b, ...) encoded; obs: (b, D). Returns those actions (b,) and the states that the model
     expects after them (b, D).
     """
+    model = sequences.model
     count = actions.shape[1]
-    sequences.repeat(count)
-    sequences.feed(ACTION, actions.flatten(), obs.repeat_interleave(count, 0))
-    expected = sequences.out.state_pred[:, -1]
+    tried = torch.as_tensor(actions, device=model.device)
+    embeddings = model.action_embedding(tried)
     if count == 1:
-        return actions[:, 0], expected
-    arrays = [tensor.cpu().numpy() for tensor in (obs, expected, actions)]
-    best = torch.as_tensor(best_candidates(world, goals, *arrays), device=obs.device)
-    sequences.select(best)
-    return actions.flatten()[best], expected[best]
+        sequences.feed(embeddings[:, 0])
+        hidden = sequences.hidden[:, None]
+    else:
+        hidden = sequences.feed_branches(embeddings)
+    before = torch.as_tensor(obs, device=model.device).repeat_interleave(count, 0)
+    is_action = torch.ones(tried.numel(), dtype=torch.bool, device=model.device)
+    change = model.predict_change(hidden.flatten(0, 1), tried.flatten(), is_action, before)
+    nexts = before + change * model.change_std
+    nexts = nexts.unflatten(0, actions.shape).cpu().numpy()
+    best = np.zeros(len(actions), int)
+    if count > 1:
+        best = best_candidates(world, goals, obs, nexts, actions)
+        sequences.keep_branch(torch.as_tensor(best, device=model.device), count)
+    rows = np.arange(len(actions))
+    return actions[rows, best], nexts[rows, best]
 
 
 class Simulator:
@@ -162,62 +230,74 @@ def generate(
     *,
     temperature: float = 0.0,
     max_steps: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    numbers: Sequence[int] | None = None,
     states: np.ndarray | None = None,
     candidates: int = 1,
 ) -> list[dict]:
     """Roll out one goal from one start a row, behind a cache that lives through the rollout.
 
     observations: (B, D). A row ends when the judge says success, after max_steps actions, and after
-    one action for one-step goals; finished rows leave the batch. states: (B, S), to act in the
-    world from these instead of imagining. candidates: different actions that the model tries in
-    mind at each step, to go on with the one that the reward likes best. Returns B rollout records.
+    one action for one-step goals; finished rows leave the batch. numbers: (B,), of the rollouts;
+    the draws of each follow from seed and its number alone; None: 0, 1, ... states: (B, S), to act
+    in the world from these instead of imagining. candidates: different actions that the model tries
+    in mind at each step, to go on with the one that the reward likes best. Returns B rollout
+    records.
     """
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
+    max_steps = max_steps or world.max_steps
     encoded = world.encode_goals(goals)
     one_step = world.one_step(encoded)
     simulator = None if states is None else Simulator(world, states)
-    obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
-    paths = [[row] for row in obs.cpu().numpy()]
+    noise = np.zeros((len(goals), max_steps, 1))
+    if temperature > 0:
+        numbers = range(len(goals)) if numbers is None else numbers
+        noise = gumbel_noise(seed, numbers, max_steps, model.config.num_actions)
+    obs = np.array(observations, np.float32)
+    paths = [[row] for row in obs]
     taken = [[] for _ in goals]
-    prompts = []
-    for goal, (start,) in zip(goals, paths):
-        prompt = text_positions(prompt_ids(tokenizer, "generation", goal.text))
-        prompts.append(prompt + positions_of([start]))
-    sequences = Sequences(model, prompts)
+    sequences = prefill(model, tokenizer, goals)
     running = np.arange(len(goals))
-    max_steps = max_steps or world.max_steps
     for step in range(max_steps):
-        before = obs.cpu().numpy()
-        logits = sequences.out.action_logits[:, -1]
-        actions = sample_actions(logits, temperature, generator, candidates)
-        actions, obs = imagine_step(sequences, world, encoded[running], obs, actions)
-        actions = actions.cpu().numpy()
+        sequences.feed(model.embed_states(torch.as_tensor(obs, device=model.device)))
+        logits = model.action_head(sequences.hidden).float().cpu().numpy()
+        tried = sample_actions(logits, temperature, noise[running, step], candidates)
+        actions, after = imagine_step(sequences, world, encoded[running], obs, tried)
         if simulator is not None:
-            obs = torch.as_tensor(simulator.step(running, actions), device=model.device)
+            after = simulator.step(running, actions)
         texts = [goals[row].text for row in running]
-        finite.check(f"rollout, action {step + 1}", {"state": obs}, (obs,), about=texts.__getitem__)
-        after = obs.cpu().numpy()
-        met = world.success(encoded[running], before, after, actions, imagined=simulator is None)
+        seen = torch.from_numpy(after)
+        finite.check(
+            f"rollout, action {step + 1}", {"state": seen}, (seen,), about=texts.__getitem__
+        )
+        met = world.success(encoded[running], obs, after, actions, imagined=simulator is None)
         for row, next_obs, action in zip(running, after, actions):
             paths[row].append(next_obs)
             taken[row].append(action)
         going = np.flatnonzero(~met & ~one_step[running])
-        if len(going) == 0 or step + 1 == max_steps:
+        if len(going) == 0:
             break
         if len(going) < len(running):
-            keep = torch.as_tensor(going, device=model.device)
-            sequences.select(keep)
-            running, obs = running[going], obs[keep]
-        no_index = torch.zeros(len(running), dtype=torch.long, device=model.device)
-        sequences.feed(STATE, no_index, obs)
+            sequences.select(torch.as_tensor(going, device=model.device))
+        running = running[going]
+        obs = after[going]
     records = []
     for row, goal in enumerate(goals):
         physical = None if simulator is None else np.array(simulator.paths[row])
         episode = (np.array(paths[row]), np.array(taken[row], np.int64), physical)
         records.append(env.rollout_record(world, goal, *episode, imagined=simulator is None))
     return records
+
+
+def prefill(model: KalmForRollouts, tokenizer: Tokenizer, goals: Sequence[env.Goal]) -> Sequences:
+    """Sequences that begin with the prompts of goals; goals with one text share what it costs."""
+    texts = list(dict.fromkeys(goal.text for goal in goals))
+    prompts = [text_positions(prompt_ids(tokenizer, "generation", text)) for text in texts]
+    sequences = Sequences(model, prompts)
+    index = {text: number for number, text in enumerate(texts)}
+    rows = [index[goal.text] for goal in goals]
+    sequences.select(torch.tensor(rows, device=model.device))
+    return sequences
 
 
 def generate_all(
@@ -426,9 +506,10 @@ def explain(
         for row in running:
             shown = positions_of(records[row]["observations"], records[row]["actions"])
             prompts.append(asked + shown)
-        sequences = Sequences(model, prompts, text_logits=1)
+        sequences = Sequences(model, prompts)
         for _ in range(max_tokens):
-            token = sequences.out.logits[:, -1].argmax(-1)
+            logits = model.backbone.get_output_embeddings()(sequences.hidden)
+            token = logits.argmax(-1)
             going = (token != tokenizer.eos_token_id).nonzero()[:, 0]
             if len(going) == 0:
                 break
@@ -437,8 +518,7 @@ def explain(
                 running, token = running[going.cpu().numpy()], token[going]
             for row, index in zip(running, token.tolist()):
                 answers[row].append(index)
-            no_state = torch.zeros(len(token), model.config.observation_dim, device=model.device)
-            sequences.feed(TEXT, token, no_state)
+            sequences.feed(model.get_input_embeddings()(token))
     return [tokenizer.decode(answer).strip() for answer in answers]
 
 
