@@ -11,122 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer
 
 import env
 from data import finite
 from data.rollouts import read_rollouts, write_rollouts
 from data.sources import is_wanted
 from experiment import folder
+from experiment.processes import in_batches
 from experiment.settings import absolute, at_least, setting
 from ground import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
 from ground import rollout_positions as positions_of
-from model import PAD, SEGMENTS, KalmForRollouts
+from model import SEGMENTS, KalmForRollouts
+from sequences import Sequences, decode, rows_that_fit
 
-# ----------------------------------------------------------------------------------------------
-# Sequences behind a key-value cache
-
-
-class Sequences:
-    """Sequences of positions, one a row, that grow together behind a key-value cache.
-
-    hidden: (B, hidden), of the model's last layer at the last position of each row; what comes next
-    is asked of a head there.
-    """
-
-    def __init__(self, model: KalmForRollouts, prompts: Sequence[list]):
-        """Prefill: run ragged prompts, lists of `ground.Position`, left-padded."""
-        self.model = model
-        self.cache = None
-        self.dtype = model.get_input_embeddings().weight.dtype
-        shape = len(prompts), max(map(len, prompts))
-        ids = np.zeros(shape, np.int64)
-        modality = np.full(shape, PAD)
-        states = np.zeros((*shape, model.config.observation_dim), np.float32)
-        for row, prompt in enumerate(prompts):
-            for column, position in enumerate(prompt, start=shape[1] - len(prompt)):
-                ids[row, column] = position.index
-                modality[row, column] = position.modality
-                if position.state is not None:
-                    states[row, column] = position.state
-        arrays = [torch.as_tensor(array, device=model.device) for array in (ids, modality, states)]
-        self.mask = (arrays[1] != PAD).long()
-        position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.next_position = position_ids[:, -1] + 1
-        self.hidden = self._run(model.embed(*arrays), self.mask, position_ids)[:, -1]
-
-    def __len__(self):
-        return len(self.mask)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Go on with some of the rows alone, or with a row several times."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-        self.next_position = self.next_position[rows]
-        self.hidden = self.hidden[rows]
-
-    def feed(self, embeddings: torch.Tensor) -> None:
-        """Append one position a row. embeddings: (B, hidden), of tokens, actions or states."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        position_ids = self.next_position[:, None]
-        self.hidden = self._run(embeddings[:, None], self.mask, position_ids)[:, -1]
-        self.next_position = self.next_position + 1
-
-    def feed_branches(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Append several positions a row that stand beside each other: a tree in the attention.
-
-        embeddings: (B, count, hidden). Each sees what came before and itself. Returns the hidden
-        states there (B, count, hidden); before anything else is fed, `keep_branch` chooses.
-        """
-        count = embeddings.shape[1]
-        if not self._cache_is_plain():
-            self.select(torch.arange(len(self), device=self.mask.device).repeat_interleave(count))
-            self.feed(embeddings.flatten(0, 1))
-            return self.hidden.unflatten(0, (-1, count))
-        before = self.mask[:, None].expand(-1, count, -1)
-        beside = torch.eye(count, dtype=torch.long, device=self.mask.device)
-        seen = torch.cat([before, beside.expand(len(self), -1, -1)], 2)[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
-        mask = mask.masked_fill(seen == 0, torch.finfo(self.dtype).min)
-        position_ids = self.next_position[:, None].expand(-1, count)
-        self.hidden = self._run(embeddings, mask, position_ids)
-        return self.hidden
-
-    def keep_branch(self, chosen: torch.Tensor, count: int) -> None:
-        """Go on with one of the count branches of each row. chosen: (B,) of their indices."""
-        rows = torch.arange(len(chosen), device=chosen.device)
-        if not self._cache_is_plain():
-            self.select(rows * count + chosen)
-            return
-        length = self.mask.shape[1]
-        for layer in self.cache.layers:  # keys, values: (B, heads, length + count, head_dim)
-            for cached in (layer.keys, layer.values):
-                cached[:, :, length] = cached[rows, :, length + chosen]
-            layer.keys = layer.keys[:, :, : length + 1]
-            layer.values = layer.values[:, :, : length + 1]
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.next_position = self.next_position + 1
-        self.hidden = self.hidden[rows, chosen]
-
-    def _cache_is_plain(self) -> bool:
-        """Whether it holds all keys and values in order: no sliding window, no recurrent state."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
-
-    def _run(self, embeddings, mask, position_ids):
-        out = self.model.backbone.base_model(
-            inputs_embeds=embeddings.to(self.dtype),
-            attention_mask=mask,
-            position_ids=position_ids,
-            cache=self.cache,
-            use_cache=True,
-        )
-        self.cache = out.cache
-        return out.last_hidden_state
-
+POSITIONS_AT_ONCE = 1024  # candidates of all rows together: more is no faster on a CPU
 
 # ----------------------------------------------------------------------------------------------
 # Imagining and acting
@@ -174,6 +74,21 @@ def best_candidates(
     return distance.reshape(-1, count).argmin(1)
 
 
+def expected_states(
+    model: KalmForRollouts, hidden: torch.Tensor, actions: torch.Tensor, obs: np.ndarray
+) -> np.ndarray:
+    """The states (B, count, D) that the model expects after actions (B, count) in obs (B, D).
+
+    hidden: (B, count, hidden), at the actions.
+    """
+    before = torch.as_tensor(obs, device=model.device)
+    before = before.repeat_interleave(actions.shape[1], 0)
+    is_action = torch.ones(len(before), dtype=torch.bool, device=model.device)
+    change = model.predict_change(hidden.flatten(0, 1), actions.flatten(), is_action, before)
+    expected = before + change * model.change_std
+    return expected.unflatten(0, actions.shape).cpu().numpy()
+
+
 def imagine_step(
     sequences: Sequences, world: env.World, goals, obs: np.ndarray, actions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -191,11 +106,7 @@ def imagine_step(
         hidden = sequences.hidden[:, None]
     else:
         hidden = sequences.feed_branches(embeddings)
-    before = torch.as_tensor(obs, device=model.device).repeat_interleave(count, 0)
-    is_action = torch.ones(tried.numel(), dtype=torch.bool, device=model.device)
-    change = model.predict_change(hidden.flatten(0, 1), tried.flatten(), is_action, before)
-    nexts = before + change * model.change_std
-    nexts = nexts.unflatten(0, actions.shape).cpu().numpy()
+    nexts = expected_states(model, hidden, tried, obs)
     best = np.zeros(len(actions), int)
     if count > 1:
         best = best_candidates(world, goals, obs, nexts, actions)
@@ -300,6 +211,30 @@ def prefill(model: KalmForRollouts, tokenizer: Tokenizer, goals: Sequence[env.Go
     return sequences
 
 
+def fitting_batch(model: KalmForRollouts, positions: int, shared: bool) -> int:
+    """Rows of a batch for which there is memory; of work that is shared, on all processes."""
+    fitting = rows_that_fit(model, positions, PartialState().num_processes)
+    return min(gather_object([fitting])) if shared else fitting
+
+
+def batches_of(goals: Sequence[env.Goal], counts: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Rows of each batch: as many candidates, texts of like length, goals of one text together.
+
+    A batch has at most batch_size rows and, where several candidates are tried, at most
+    POSITIONS_AT_ONCE of them. The same whatever the number of processes.
+    """
+    by_kind = lambda row: (counts[row], len(goals[row].text), goals[row].text)
+    order = np.array(sorted(range(len(goals)), key=by_kind), int)
+    batches = []
+    while len(order):
+        count = counts[order[0]]
+        alike = (counts[order] == count).sum()
+        size = min(batch_size, max(1, POSITIONS_AT_ONCE // count), alike)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
 def generate_all(
     model: KalmForRollouts,
     tokenizer: Tokenizer,
@@ -307,38 +242,45 @@ def generate_all(
     goals: Sequence[env.Goal],
     observations: np.ndarray,
     *,
-    batch_size: int = 256,
-    seed: int = 0,
+    batch_size: int | None = None,
+    numbers: Sequence[int] | None = None,
     states: np.ndarray | None = None,
     candidates: int | np.ndarray = 1,
+    shared: bool = False,
     description: str = "imagine",
     **options,
 ) -> list[dict]:
     """`generate` in batches of goals with texts of like length; records come in the order of goals.
 
-    candidates: for all goals, or a number for each. batch_size: rows of the model, of which each
-    candidate takes one.
+    candidates: for all goals, or a number for each. batch_size: rows of the model at most; None: as
+    memory allows. shared: all processes call this with the same, and each does a part.
     """
     observations = np.asarray(observations)
+    numbers = np.arange(len(goals)) if numbers is None else np.asarray(numbers)
     counts = np.broadcast_to(candidates, len(goals))
-    order = np.lexsort(([len(goal.text) for goal in goals], counts))
-    batches = []
-    while len(order):
-        count = counts[order[0]]
-        alike = (counts[order] == count).sum()
-        size = min(max(1, batch_size // count), alike)
-        batches.append(order[:size])
-        order = order[size:]
-    records = [None] * len(goals)
-    for number, rows in enumerate(tqdm(batches, desc=description, disable=len(batches) < 2)):
-        options["seed"] = seed + number
-        options["states"] = None if states is None else states[rows]
-        options["candidates"] = int(counts[rows[0]])
-        some_goals = [goals[row] for row in rows]
-        part = generate(model, tokenizer, world, some_goals, observations[rows], **options)
-        for row, record in zip(rows, part):
-            records[row] = record
-    return records
+    max_steps = options.get("max_steps") or world.max_steps
+    if batch_size is None:
+        longest = max((goal.text for goal in goals), key=len, default="")
+        positions = len(prompt_ids(tokenizer, "generation", longest)) + 2 * max_steps
+        batch_size = fitting_batch(model, positions + max(counts, default=0), shared)
+
+    def work(rows):
+        return generate(
+            model,
+            tokenizer,
+            world,
+            [goals[row] for row in rows],
+            observations[rows],
+            numbers=numbers[rows],
+            states=None if states is None else states[rows],
+            candidates=int(counts[rows[0]]),
+            **options,
+        )
+
+    batches = batches_of(goals, counts, batch_size)
+    steps = np.where(world.one_step(world.encode_goals(goals)), 1, max_steps)
+    costs = [((1 + counts) * steps)[rows].sum() for rows in batches]
+    return in_batches(work, batches, costs, shared, description)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -445,38 +387,48 @@ def imagine_rounds(
     candidates = np.minimum(candidates, world.num_actions)
     is_checked = settings.self_check or any(goal.kind == env.UNJUDGED for goal in goals)
     temperatures = settings.rounds[:1] if level == "offline" else settings.rounds
+    max_steps = min(settings.imagined_steps, world.max_steps)
     rounds = []
     rows = np.arange(len(goals))
     for number, temperature in enumerate(temperatures):
-        mine = rows[state.process_index :: state.num_processes]
-        draws = int(rng.integers(2**31)) + state.process_index
+        tried = candidates if number else np.ones_like(candidates)
         kept = work / f"{level}-{number}"
         if kept.is_dir():
             records = read_rollouts(kept, world)
         else:
-            max_steps = min(settings.imagined_steps, world.max_steps)
-            options = {"temperature": temperature, "max_steps": max_steps}
-            options |= {"candidates": candidates[mine] if number else 1, "seed": draws}
-            options |= {"description": f"imagine {level}"}
-            wanted = [goals[row] for row in mine]
-            records = generate_all(model, tokenizer, world, wanted, starts[mine], **options)
+            records = generate_all(
+                model,
+                tokenizer,
+                world,
+                [goals[row] for row in rows],
+                starts[rows],
+                numbers=rows,
+                seed=[*seed, number],
+                temperature=temperature,
+                max_steps=max_steps,
+                candidates=tried[rows],
+                shared=True,
+                description=f"imagine {level}",
+            )
             if is_checked:
                 self_check(model, tokenizer, world, records)
-            gathered = gather_object(list(zip(mine.tolist(), records)))
-            records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
             if state.is_main_process:
                 write_rollouts(kept, records)
         rounds.append(records)
-        rows = rows[[not is_wanted(world, record, "matched") for record in records]]
+        missed = np.array([not is_wanted(world, record, "matched") for record in records])
+        has_more = ~one_step[rows] | (tried[rows] < world.num_actions)
+        rows = rows[missed & has_more]
         if len(rows) == 0:
             break
     return rounds
 
 
 def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict]) -> None:
-    """Add to imagined rollouts what the model says of them, and whether it believes them."""
-    explanations = explain(model, tokenizer, records)
-    errors = dynamics_error(model, tokenizer, world, records)
+    """Add to imagined rollouts what the model says of them, and whether it believes them. All
+    processes share the work.
+    """
+    explanations = explain(model, tokenizer, records, shared=True)
+    errors = dynamics_error(model, tokenizer, world, records, shared=True)
     for record, explanation, error in zip(records, explanations, errors):
         record.update(explanation=explanation, dynamics_error=error)
 
@@ -485,50 +437,47 @@ def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict
 # The model's own view of rollouts: what they achieve, and whether it believes their transitions
 
 
-@torch.inference_mode()
 def explain(
     model: KalmForRollouts,
     tokenizer: Tokenizer,
     records: Sequence[dict],
     prompt: str = PROMPTS["explanation"],
     max_tokens: int = 24,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    shared: bool = False,
 ) -> list[str]:
-    """What the model says that rollouts achieve, greedily decoded: a text for each record."""
+    """What the model says that rollouts achieve, greedily decoded: a text for each record.
+
+    batch_size and shared: as in `generate_all`.
+    """
     model.eval()
     asked = text_positions(text_ids(tokenizer, prompt))
-    order = np.argsort([len(record["actions"]) for record in records], kind="stable")
-    answers = [[] for _ in records]
-    batches = range(0, len(records), batch_size)
-    for start in tqdm(batches, desc="explain", disable=len(batches) < 2, leave=False):
-        running = order[start : start + batch_size]
+    lengths = np.array([len(record["actions"]) for record in records], int)
+    if batch_size is None:
+        positions = len(asked) + 2 * max(lengths, default=0) + max_tokens
+        batch_size = fitting_batch(model, positions, shared)
+    order = np.argsort(lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    costs = [(len(asked) + 2 * lengths[rows] + max_tokens).sum() for rows in batches]
+
+    def work(rows):
         prompts = []
-        for row in running:
+        for row in rows:
             shown = positions_of(records[row]["observations"], records[row]["actions"])
             prompts.append(asked + shown)
-        sequences = Sequences(model, prompts)
-        for _ in range(max_tokens):
-            logits = model.backbone.get_output_embeddings()(sequences.hidden)
-            token = logits.argmax(-1)
-            going = (token != tokenizer.eos_token_id).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            if len(going) < len(running):
-                sequences.select(going)
-                running, token = running[going.cpu().numpy()], token[going]
-            for row, index in zip(running, token.tolist()):
-                answers[row].append(index)
-            sequences.feed(model.get_input_embeddings()(token))
-    return [tokenizer.decode(answer).strip() for answer in answers]
+        answers = decode(model, prompts, max_tokens, tokenizer.eos_token_id)
+        return [tokenizer.decode(answer).strip() for answer in answers]
+
+    return in_batches(work, batches, costs, shared, "explain")
 
 
-@torch.inference_mode()
 def dynamics_error(
     model: KalmForRollouts,
     tokenizer: Tokenizer,
     world: env.World,
     records: Sequence[dict],
     rollouts_a_row: int = 16,
+    shared: bool = False,
 ) -> list[np.ndarray]:
     """How far imagined next states are from the model's answer when asked for that transition
     alone.
@@ -536,18 +485,21 @@ def dynamics_error(
     Returns an array (T,) for each record, the distance of the object that differs most.
     """
     model.eval()
-    errors = []
-    longest = max([len(record["actions"]) for record in records], default=1)
-    size = max(1, min(rollouts_a_row, (SEGMENTS - 1) // longest))  # each transition is a segment
-    batches = range(0, len(records), size)
-    for start in tqdm(batches, desc="check dynamics", disable=len(records) < 1000, leave=False):
-        part = records[start : start + size]
-        batch = pack([make_example("dynamics", tokenizer, world, part)])
-        batch = {key: value.to(model.device) for key, value in batch.items()}
+    lengths = np.array([len(record["actions"]) for record in records], int)
+    size = (SEGMENTS - 1) // max(lengths, default=1)  # each transition is a segment
+    size = max(1, min(rollouts_a_row, size))
+    rows = np.arange(len(records))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    costs = [lengths[rows].sum() for rows in batches]
+
+    @torch.inference_mode()
+    def work(rows):
+        example = make_example("dynamics", tokenizer, world, [records[row] for row in rows])
+        batch = {key: value.to(model.device) for key, value in pack([example]).items()}
         ahead = batch["predict"][:, 1:]
         gap = model(**batch).state_pred[:, :-1] - batch["states"][:, 1:]
         gap = gap[ahead].float().unflatten(-1, (world.objects, -1))
         largest = gap.norm(dim=-1).amax(-1).cpu().numpy()
-        ends = np.cumsum([len(record["actions"]) for record in part])
-        errors += np.split(largest, ends[:-1])
-    return errors
+        return np.split(largest, np.cumsum(lengths[rows])[:-1])
+
+    return in_batches(work, batches, costs, shared, "check dynamics")
