@@ -81,8 +81,7 @@ def expected_states(
 
     hidden: (B, count, hidden), at the actions.
     """
-    before = torch.as_tensor(obs, device=model.device)
-    before = before.repeat_interleave(actions.shape[1], 0)
+    before = torch.as_tensor(np.repeat(obs, actions.shape[1], 0), device=model.device)
     is_action = torch.ones(len(before), dtype=torch.bool, device=model.device)
     change = model.predict_change(hidden.flatten(0, 1), actions.flatten(), is_action, before)
     expected = before + change * model.change_std
@@ -152,8 +151,7 @@ def generate(
     one action for one-step goals; finished rows leave the batch. numbers: (B,), of the rollouts;
     the draws of each follow from seed and its number alone; None: 0, 1, ... states: (B, S), to act
     in the world from these instead of imagining. candidates: different actions that the model tries
-    in mind at each step, to go on with the one that the reward likes best. Returns B rollout
-    records.
+    in mind at each step, to go on with the one that the reward likes best. Returns B records.
     """
     model.eval()
     max_steps = max_steps or world.max_steps
@@ -177,10 +175,8 @@ def generate(
         if simulator is not None:
             after = simulator.step(running, actions)
         texts = [goals[row].text for row in running]
-        seen = torch.from_numpy(after)
-        finite.check(
-            f"rollout, action {step + 1}", {"state": seen}, (seen,), about=texts.__getitem__
-        )
+        seen = {"state": torch.from_numpy(after)}
+        finite.check(f"rollout, action {step + 1}", seen, seen.values(), about=texts.__getitem__)
         met = world.success(encoded[running], obs, after, actions, imagined=simulator is None)
         for row, next_obs, action in zip(running, after, actions):
             paths[row].append(next_obs)
@@ -424,9 +420,7 @@ def imagine_rounds(
 
 
 def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict]) -> None:
-    """Add to imagined rollouts what the model says of them, and whether it believes them. All
-    processes share the work.
-    """
+    """Add to imagined rollouts what the model says of them and whether it believes them: shared."""
     explanations = explain(model, tokenizer, records, shared=True)
     errors = dynamics_error(model, tokenizer, world, records, shared=True)
     for record, explanation, error in zip(records, explanations, errors):

@@ -70,6 +70,10 @@ class Run:
         """The grounded model on this process's device, and its tokenizer."""
         path = self.folder / "grounded"
         model, tokenizer = grounded.load_grounded(path, self.world, self.bf16)
+        # Products of few rows round by where weights lie in memory, and one process maps the file
+        # where several copy it: in copies all lie alike.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
         return model.to(PartialState().device), tokenizer
 
     # Rollouts and goals
