@@ -270,10 +270,13 @@ class KalmForRollouts(PreTrainedModel):
         is_action = (modality == ACTION)[..., None]
         tokens = self.get_input_embeddings()(input_ids.where(modality == TEXT, 0))
         actions = self.action_embedding(input_ids.where(modality == ACTION, 0))
-        normalised = (states - self.observation_mean) / self.observation_std
-        seen = self.state_embedding(matching(self.state_embedding, self.waves(normalised)))
         embedded = torch.where(is_action, actions.to(tokens.dtype), tokens)
-        return torch.where(is_state, seen.to(tokens.dtype), embedded)
+        return torch.where(is_state, self.embed_states(states).to(tokens.dtype), embedded)
+
+    def embed_states(self, states: Tensor) -> Tensor:
+        """Input embeddings (..., hidden) of states (..., observation_dim)."""
+        normalised = (states - self.observation_mean) / self.observation_std
+        return self.state_embedding(matching(self.state_embedding, self.waves(normalised)))
 
     def forward(
         self,

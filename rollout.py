@@ -13,92 +13,48 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 import env
 from data import finite
 from data.rollouts import read_rollouts, write_rollouts
 from data.sources import is_wanted
 from experiment import folder
+from experiment.processes import in_batches
 from experiment.settings import absolute, at_least, setting
-from model import ACTION, PAD, SEGMENTS, STATE, TEXT, KalmForRollouts
+from model import SEGMENTS, KalmForRollouts
+from sequences import Sequences, decode, rows_that_fit
 from tasks import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
 from tasks import rollout_positions as positions_of
 
-# ----------------------------------------------------------------------------------------------
-# Sequences behind a key-value cache
-
-
-class Sequences:
-    """Sequences of positions, one a row, that grow together behind a key-value cache.
-
-    out: the model's output at the last position of each row.
-    """
-
-    def __init__(self, model: KalmForRollouts, prompts: Sequence[list], text_logits: int = 0):
-        """Prefill: run ragged prompts, lists of `tasks.Position`, left-padded."""
-        self.model, self.text_logits = model, text_logits
-        shape = len(prompts), max(map(len, prompts))
-        ids = np.zeros(shape, np.int64)
-        modality = np.full(shape, PAD)
-        states = np.zeros((*shape, model.config.observation_dim), np.float32)
-        for row, prompt in enumerate(prompts):
-            for column, position in enumerate(prompt, start=shape[1] - len(prompt)):
-                ids[row, column] = position.index
-                modality[row, column] = position.modality
-                if position.state is not None:
-                    states[row, column] = position.state
-        arrays = [torch.as_tensor(array, device=model.device) for array in (ids, modality, states)]
-        ids, modality, states = arrays
-        self.mask = (modality != PAD).long()
-        position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.next_position = position_ids[:, -1] + 1
-        self._run(ids, modality, states, position_ids, cache=None)
-
-    def __len__(self):
-        return len(self.mask)
-
-    def feed(self, modality: int, index: torch.Tensor, states: torch.Tensor) -> None:
-        """Append one position a row: a token, action or state. index: (B,); states: (B, D)."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self), 1)], 1)
-        kind = torch.full_like(index, modality)[:, None]
-        position_ids = self.next_position[:, None]
-        self._run(index[:, None], kind, states[:, None], position_ids, self.cache)
-        self.next_position = self.next_position + 1
-
-    def repeat(self, count: int) -> None:
-        """Let each row stand count times, one after the other."""
-        if count > 1:
-            self.cache.batch_repeat_interleave(count)
-            self.mask = self.mask.repeat_interleave(count, 0)
-            self.next_position = self.next_position.repeat_interleave(count, 0)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Go on with some of the rows alone."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.next_position = self.mask[rows], self.next_position[rows]
-
-    def _run(self, ids, modality, states, position_ids, cache):
-        options = {"attention_mask": self.mask, "position_ids": position_ids, "cache": cache}
-        options |= {"use_cache": True, "text_logits": self.text_logits}
-        self.out = self.model(ids, modality, states, **options)
-        self.cache = self.out.cache
-
+POSITIONS_AT_ONCE = 1024  # candidates of all rows together: more is no faster on a CPU
 
 # ----------------------------------------------------------------------------------------------
 # Imagining and acting
 
 
-def sample_actions(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator, count: int = 1
-) -> torch.Tensor:
-    """count different actions (B, count) from logits (B, num_actions): the best at temperature
-    0.
+def gumbel_noise(
+    seed: int | Sequence[int], rollouts: Sequence[int], steps: int, num_actions: int
+) -> np.ndarray:
+    """Gumbel noise (B, steps, num_actions) of B rollouts by their numbers: each has a generator
+    of its own, so that its draws do not depend on what else is in a batch.
     """
-    if temperature == 0:
-        return logits.topk(count).indices
-    weights = (logits.float() / temperature).softmax(-1).clamp(min=1e-9).cpu()
-    return torch.multinomial(weights, count, generator=generator).to(logits.device)
+    noise = np.empty((len(rollouts), steps, num_actions))
+    for row, number in enumerate(rollouts):
+        rng = np.random.default_rng([*np.atleast_1d(seed), number])
+        noise[row] = rng.gumbel(size=(steps, num_actions))
+    return noise
+
+
+def sample_actions(
+    logits: np.ndarray, temperature: float, noise: np.ndarray, count: int = 1
+) -> np.ndarray:
+    """count different actions (B, count) from logits (B, num_actions) and Gumbel noise like them.
+
+    The largest noisy logits are a sample without replacement (Kool et al., 2019); at temperature 0
+    they are the likeliest actions.
+    """
+    scores = logits + temperature * noise
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
 def best_candidates(
@@ -106,34 +62,56 @@ def best_candidates(
 ) -> np.ndarray:
     """Which of the actions tried in each row should lead nearest to its goal, and at best to it.
 
-    goals: (B, ...) encoded; obs: (B, D); nexts: (B * count, D), imagined; actions: (B, count).
-    Returns indices (B,) into nexts.
+    goals: (B, ...) encoded; obs: (B, D); nexts: (B, count, D), imagined; actions: (B, count).
+    Returns indices (B,) below count.
     """
     count = actions.shape[1]
-    goals, obs = np.repeat(goals, count, 0), np.repeat(obs, count, 0)
+    goals = np.repeat(goals, count, 0)
+    obs = np.repeat(obs, count, 0)
+    nexts = nexts.reshape(len(obs), -1)
     met = world.success(goals, obs, nexts, actions.reshape(-1), imagined=True)
     distance = world.potential(goals, nexts) - 1e6 * met
-    return distance.reshape(-1, count).argmin(1) + count * np.arange(len(actions))
+    return distance.reshape(-1, count).argmin(1)
+
+
+def expected_states(
+    model: KalmForRollouts, hidden: torch.Tensor, actions: torch.Tensor, obs: np.ndarray
+) -> np.ndarray:
+    """The states (B, count, D) that the model expects after actions (B, count) in obs (B, D).
+
+    hidden: (B, count, hidden), at the actions.
+    """
+    before = torch.as_tensor(np.repeat(obs, actions.shape[1], 0), device=model.device)
+    is_action = torch.ones(len(before), dtype=torch.bool, device=model.device)
+    change = model.predict_change(hidden.flatten(0, 1), actions.flatten(), is_action, before)
+    expected = before + change * model.change_std
+    return expected.unflatten(0, actions.shape).cpu().numpy()
 
 
 def imagine_step(
-    sequences: Sequences, world: env.World, goals, obs: torch.Tensor, actions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences: Sequences, world: env.World, goals, obs: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Take actions in mind, (b, count) tried in each row, and go on with the best of each.
 
     goals: (b, ...) encoded; obs: (b, D). Returns those actions (b,) and the states that the model
     expects after them (b, D).
     """
+    model = sequences.model
     count = actions.shape[1]
-    sequences.repeat(count)
-    sequences.feed(ACTION, actions.flatten(), obs.repeat_interleave(count, 0))
-    expected = sequences.out.state_pred[:, -1]
+    tried = torch.as_tensor(actions, device=model.device)
+    embeddings = model.action_embedding(tried)
     if count == 1:
-        return actions[:, 0], expected
-    arrays = [tensor.cpu().numpy() for tensor in (obs, expected, actions)]
-    best = torch.as_tensor(best_candidates(world, goals, *arrays), device=obs.device)
-    sequences.select(best)
-    return actions.flatten()[best], expected[best]
+        sequences.feed(embeddings[:, 0])
+        hidden = sequences.hidden[:, None]
+    else:
+        hidden = sequences.feed_branches(embeddings)
+    nexts = expected_states(model, hidden, tried, obs)
+    best = np.zeros(len(actions), int)
+    if count > 1:
+        best = best_candidates(world, goals, obs, nexts, actions)
+        sequences.keep_branch(torch.as_tensor(best, device=model.device), count)
+    rows = np.arange(len(actions))
+    return actions[rows, best], nexts[rows, best]
 
 
 class Simulator:
@@ -162,62 +140,95 @@ def generate(
     *,
     temperature: float = 0.0,
     max_steps: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    numbers: Sequence[int] | None = None,
     states: np.ndarray | None = None,
     candidates: int = 1,
 ) -> list[dict]:
     """Roll out one goal from one start a row, behind a cache that lives through the rollout.
 
     observations: (B, D). A row ends when the judge says success, after max_steps actions, and after
-    one action for one-step goals; finished rows leave the batch. states: (B, S), to act in the
-    world from these instead of imagining. candidates: different actions that the model tries in
-    mind at each step, to go on with the one that the reward likes best. Returns B rollout records.
+    one action for one-step goals; finished rows leave the batch. numbers: (B,), of the rollouts;
+    the draws of each follow from seed and its number alone; None: 0, 1, ... states: (B, S), to act
+    in the world from these instead of imagining. candidates: different actions that the model tries
+    in mind at each step, to go on with the one that the reward likes best. Returns B records.
     """
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
+    max_steps = max_steps or world.max_steps
     encoded = world.encode_goals(goals)
     one_step = world.one_step(encoded)
     simulator = None if states is None else Simulator(world, states)
-    obs = torch.as_tensor(np.asarray(observations), dtype=torch.float32, device=model.device)
-    paths = [[row] for row in obs.cpu().numpy()]
+    noise = np.zeros((len(goals), max_steps, 1))
+    if temperature > 0:
+        numbers = range(len(goals)) if numbers is None else numbers
+        noise = gumbel_noise(seed, numbers, max_steps, model.config.num_actions)
+    obs = np.array(observations, np.float32)
+    paths = [[row] for row in obs]
     taken = [[] for _ in goals]
-    prompts = []
-    for goal, (start,) in zip(goals, paths):
-        prompt = text_positions(prompt_ids(tokenizer, "generation", goal.text))
-        prompts.append(prompt + positions_of([start]))
-    sequences = Sequences(model, prompts)
+    sequences = prefill(model, tokenizer, goals)
     running = np.arange(len(goals))
-    max_steps = max_steps or world.max_steps
     for step in range(max_steps):
-        before = obs.cpu().numpy()
-        logits = sequences.out.action_logits[:, -1]
-        actions = sample_actions(logits, temperature, generator, candidates)
-        actions, obs = imagine_step(sequences, world, encoded[running], obs, actions)
-        actions = actions.cpu().numpy()
+        sequences.feed(model.embed_states(torch.as_tensor(obs, device=model.device)))
+        logits = model.action_head(sequences.hidden).float().cpu().numpy()
+        tried = sample_actions(logits, temperature, noise[running, step], candidates)
+        actions, after = imagine_step(sequences, world, encoded[running], obs, tried)
         if simulator is not None:
-            obs = torch.as_tensor(simulator.step(running, actions), device=model.device)
+            after = simulator.step(running, actions)
         texts = [goals[row].text for row in running]
-        finite.check(f"rollout, action {step + 1}", {"state": obs}, (obs,), about=texts.__getitem__)
-        after = obs.cpu().numpy()
-        met = world.success(encoded[running], before, after, actions, imagined=simulator is None)
+        seen = {"state": torch.from_numpy(after)}
+        finite.check(f"rollout, action {step + 1}", seen, seen.values(), about=texts.__getitem__)
+        met = world.success(encoded[running], obs, after, actions, imagined=simulator is None)
         for row, next_obs, action in zip(running, after, actions):
             paths[row].append(next_obs)
             taken[row].append(action)
         going = np.flatnonzero(~met & ~one_step[running])
-        if len(going) == 0 or step + 1 == max_steps:
+        if len(going) == 0:
             break
         if len(going) < len(running):
-            keep = torch.as_tensor(going, device=model.device)
-            sequences.select(keep)
-            running, obs = running[going], obs[keep]
-        no_index = torch.zeros(len(running), dtype=torch.long, device=model.device)
-        sequences.feed(STATE, no_index, obs)
+            sequences.select(torch.as_tensor(going, device=model.device))
+        running = running[going]
+        obs = after[going]
     records = []
     for row, goal in enumerate(goals):
         physical = None if simulator is None else np.array(simulator.paths[row])
         episode = (np.array(paths[row]), np.array(taken[row], np.int64), physical)
         records.append(env.rollout_record(world, goal, *episode, imagined=simulator is None))
     return records
+
+
+def prefill(model: KalmForRollouts, tokenizer: Tokenizer, goals: Sequence[env.Goal]) -> Sequences:
+    """Sequences that begin with the prompts of goals; goals with one text share what it costs."""
+    texts = list(dict.fromkeys(goal.text for goal in goals))
+    prompts = [text_positions(prompt_ids(tokenizer, "generation", text)) for text in texts]
+    sequences = Sequences(model, prompts)
+    index = {text: number for number, text in enumerate(texts)}
+    rows = [index[goal.text] for goal in goals]
+    sequences.select(torch.tensor(rows, device=model.device))
+    return sequences
+
+
+def fitting_batch(model: KalmForRollouts, positions: int, shared: bool) -> int:
+    """Rows of a batch for which there is memory; of work that is shared, on all processes."""
+    fitting = rows_that_fit(model, positions, PartialState().num_processes)
+    return min(gather_object([fitting])) if shared else fitting
+
+
+def batches_of(goals: Sequence[env.Goal], counts: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Rows of each batch: as many candidates, texts of like length, goals of one text together.
+
+    A batch has at most batch_size rows and, where several candidates are tried, at most
+    POSITIONS_AT_ONCE of them. The same whatever the number of processes.
+    """
+    by_kind = lambda row: (counts[row], len(goals[row].text), goals[row].text)
+    order = np.array(sorted(range(len(goals)), key=by_kind), int)
+    batches = []
+    while len(order):
+        count = counts[order[0]]
+        alike = (counts[order] == count).sum()
+        size = min(batch_size, max(1, POSITIONS_AT_ONCE // count), alike)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
 
 
 def generate_all(
@@ -227,38 +238,45 @@ def generate_all(
     goals: Sequence[env.Goal],
     observations: np.ndarray,
     *,
-    batch_size: int = 256,
-    seed: int = 0,
+    batch_size: int | None = None,
+    numbers: Sequence[int] | None = None,
     states: np.ndarray | None = None,
     candidates: int | np.ndarray = 1,
+    shared: bool = False,
     description: str = "imagine",
     **options,
 ) -> list[dict]:
     """`generate` in batches of goals with texts of like length; records come in the order of goals.
 
-    candidates: for all goals, or a number for each. batch_size: rows of the model, of which each
-    candidate takes one.
+    candidates: for all goals, or a number for each. batch_size: rows of the model at most; None: as
+    memory allows. shared: all processes call this with the same, and each does a part.
     """
     observations = np.asarray(observations)
+    numbers = np.arange(len(goals)) if numbers is None else np.asarray(numbers)
     counts = np.broadcast_to(candidates, len(goals))
-    order = np.lexsort(([len(goal.text) for goal in goals], counts))
-    batches = []
-    while len(order):
-        count = counts[order[0]]
-        alike = (counts[order] == count).sum()
-        size = min(max(1, batch_size // count), alike)
-        batches.append(order[:size])
-        order = order[size:]
-    records = [None] * len(goals)
-    for number, rows in enumerate(tqdm(batches, desc=description, disable=len(batches) < 2)):
-        options["seed"] = seed + number
-        options["states"] = None if states is None else states[rows]
-        options["candidates"] = int(counts[rows[0]])
-        some_goals = [goals[row] for row in rows]
-        part = generate(model, tokenizer, world, some_goals, observations[rows], **options)
-        for row, record in zip(rows, part):
-            records[row] = record
-    return records
+    max_steps = options.get("max_steps") or world.max_steps
+    if batch_size is None:
+        longest = max((goal.text for goal in goals), key=len, default="")
+        positions = len(prompt_ids(tokenizer, "generation", longest)) + 2 * max_steps
+        batch_size = fitting_batch(model, positions + max(counts, default=0), shared)
+
+    def work(rows):
+        return generate(
+            model,
+            tokenizer,
+            world,
+            [goals[row] for row in rows],
+            observations[rows],
+            numbers=numbers[rows],
+            states=None if states is None else states[rows],
+            candidates=int(counts[rows[0]]),
+            **options,
+        )
+
+    batches = batches_of(goals, counts, batch_size)
+    steps = np.where(world.one_step(world.encode_goals(goals)), 1, max_steps)
+    costs = [((1 + counts) * steps)[rows].sum() for rows in batches]
+    return in_batches(work, batches, costs, shared, description)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -365,38 +383,46 @@ def imagine_rounds(
     candidates = np.minimum(candidates, world.num_actions)
     is_checked = settings.self_check or any(goal.kind == env.UNJUDGED for goal in goals)
     temperatures = settings.rounds[:1] if level == "offline" else settings.rounds
+    max_steps = min(settings.imagined_steps, world.max_steps)
     rounds = []
     rows = np.arange(len(goals))
     for number, temperature in enumerate(temperatures):
-        mine = rows[state.process_index :: state.num_processes]
-        draws = int(rng.integers(2**31)) + state.process_index
+        tried = candidates if number else np.ones_like(candidates)
         kept = work / f"{level}-{number}"
         if kept.is_dir():
             records = read_rollouts(kept, world)
         else:
-            max_steps = min(settings.imagined_steps, world.max_steps)
-            options = {"temperature": temperature, "max_steps": max_steps}
-            options |= {"candidates": candidates[mine] if number else 1, "seed": draws}
-            options |= {"description": f"imagine {level}"}
-            wanted = [goals[row] for row in mine]
-            records = generate_all(model, tokenizer, world, wanted, starts[mine], **options)
+            records = generate_all(
+                model,
+                tokenizer,
+                world,
+                [goals[row] for row in rows],
+                starts[rows],
+                numbers=rows,
+                seed=[*seed, number],
+                temperature=temperature,
+                max_steps=max_steps,
+                candidates=tried[rows],
+                shared=True,
+                description=f"imagine {level}",
+            )
             if is_checked:
                 self_check(model, tokenizer, world, records)
-            gathered = gather_object(list(zip(mine.tolist(), records)))
-            records = [record for _, record in sorted(gathered, key=lambda pair: pair[0])]
             if state.is_main_process:
                 write_rollouts(kept, records)
         rounds.append(records)
-        rows = rows[[not is_wanted(world, record, "matched") for record in records]]
+        missed = np.array([not is_wanted(world, record, "matched") for record in records])
+        has_more = ~one_step[rows] | (tried[rows] < world.num_actions)
+        rows = rows[missed & has_more]
         if len(rows) == 0:
             break
     return rounds
 
 
 def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict]) -> None:
-    """Add to imagined rollouts what the model says of them, and whether it believes them."""
-    explanations = explain(model, tokenizer, records)
-    errors = dynamics_error(model, tokenizer, world, records)
+    """Add to imagined rollouts what the model says of them and whether it believes them: shared."""
+    explanations = explain(model, tokenizer, records, shared=True)
+    errors = dynamics_error(model, tokenizer, world, records, shared=True)
     for record, explanation, error in zip(records, explanations, errors):
         record.update(explanation=explanation, dynamics_error=error)
 
@@ -405,50 +431,47 @@ def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict
 # The model's own view of rollouts: what they achieve, and whether it believes their transitions
 
 
-@torch.inference_mode()
 def explain(
     model: KalmForRollouts,
     tokenizer: Tokenizer,
     records: Sequence[dict],
     prompt: str = PROMPTS["explanation"],
     max_tokens: int = 24,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    shared: bool = False,
 ) -> list[str]:
-    """What the model says that rollouts achieve, greedily decoded: a text for each record."""
+    """What the model says that rollouts achieve, greedily decoded: a text for each record.
+
+    batch_size and shared: as in `generate_all`.
+    """
     model.eval()
     asked = text_positions(text_ids(tokenizer, prompt))
-    order = np.argsort([len(record["actions"]) for record in records], kind="stable")
-    answers = [[] for _ in records]
-    batches = range(0, len(records), batch_size)
-    for start in tqdm(batches, desc="explain", disable=len(batches) < 2, leave=False):
-        running = order[start : start + batch_size]
+    lengths = np.array([len(record["actions"]) for record in records], int)
+    if batch_size is None:
+        positions = len(asked) + 2 * max(lengths, default=0) + max_tokens
+        batch_size = fitting_batch(model, positions, shared)
+    order = np.argsort(lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    costs = [(len(asked) + 2 * lengths[rows] + max_tokens).sum() for rows in batches]
+
+    def work(rows):
         prompts = []
-        for row in running:
+        for row in rows:
             shown = positions_of(records[row]["observations"], records[row]["actions"])
             prompts.append(asked + shown)
-        sequences = Sequences(model, prompts, text_logits=1)
-        for _ in range(max_tokens):
-            token = sequences.out.logits[:, -1].argmax(-1)
-            going = (token != tokenizer.eos_token_id).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            if len(going) < len(running):
-                sequences.select(going)
-                running, token = running[going.cpu().numpy()], token[going]
-            for row, index in zip(running, token.tolist()):
-                answers[row].append(index)
-            no_state = torch.zeros(len(token), model.config.observation_dim, device=model.device)
-            sequences.feed(TEXT, token, no_state)
-    return [tokenizer.decode(answer).strip() for answer in answers]
+        answers = decode(model, prompts, max_tokens, tokenizer.eos_token_id)
+        return [tokenizer.decode(answer).strip() for answer in answers]
+
+    return in_batches(work, batches, costs, shared, "explain")
 
 
-@torch.inference_mode()
 def dynamics_error(
     model: KalmForRollouts,
     tokenizer: Tokenizer,
     world: env.World,
     records: Sequence[dict],
     rollouts_a_row: int = 16,
+    shared: bool = False,
 ) -> list[np.ndarray]:
     """How far imagined next states are from the model's answer when asked for that transition
     alone.
@@ -456,18 +479,21 @@ def dynamics_error(
     Returns an array (T,) for each record, the distance of the object that differs most.
     """
     model.eval()
-    errors = []
-    longest = max([len(record["actions"]) for record in records], default=1)
-    size = max(1, min(rollouts_a_row, (SEGMENTS - 1) // longest))  # each transition is a segment
-    batches = range(0, len(records), size)
-    for start in tqdm(batches, desc="check dynamics", disable=len(records) < 1000, leave=False):
-        part = records[start : start + size]
-        batch = pack([make_example("dynamics", tokenizer, world, part)])
-        batch = {key: value.to(model.device) for key, value in batch.items()}
+    lengths = np.array([len(record["actions"]) for record in records], int)
+    size = (SEGMENTS - 1) // max(lengths, default=1)  # each transition is a segment
+    size = max(1, min(rollouts_a_row, size))
+    rows = np.arange(len(records))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    costs = [lengths[rows].sum() for rows in batches]
+
+    @torch.inference_mode()
+    def work(rows):
+        example = make_example("dynamics", tokenizer, world, [records[row] for row in rows])
+        batch = {key: value.to(model.device) for key, value in pack([example]).items()}
         ahead = batch["predict"][:, 1:]
         gap = model(**batch).state_pred[:, :-1] - batch["states"][:, 1:]
         gap = gap[ahead].float().unflatten(-1, (world.objects, -1))
         largest = gap.norm(dim=-1).amax(-1).cpu().numpy()
-        ends = np.cumsum([len(record["actions"]) for record in part])
-        errors += np.split(largest, ends[:-1])
-    return errors
+        return np.split(largest, np.cumsum(lengths[rows])[:-1])
+
+    return in_batches(work, batches, costs, shared, "check dynamics")

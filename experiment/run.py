@@ -81,6 +81,11 @@ class Run:
         in_4bit = self.recorded("ground")["load_in_4bit"]
         path = self.folder / "grounded"
         model, tokenizer = grounded.load_grounded(path, self.world, self.dtype, in_4bit)
+        # Products of few rows round by where weights lie in memory, and one process maps the file
+        # where several copy it: in copies all lie alike.
+        for parameter in model.parameters():
+            if not in_4bit:
+                parameter.data = parameter.data.clone()
         return model.to(PartialState().device), tokenizer
 
     # Rollouts and goals

@@ -35,7 +35,8 @@ from data import grounded, llm
 from data.transitions import Buffer, GoalTable, encode_texts
 from experiment import folder
 from experiment.command import bf16_is_fast
-from model import ACTION, STATE, KalmForRollouts, segment_mask
+from model import ACTION, KalmForRollouts, segment_mask
+from sequences import Sequences
 from worlds import clevr_robot
 
 WORLD = env.make("clevr_robot")
@@ -241,10 +242,12 @@ def generate_without_cache(model, tokenizer, goals, observations, max_steps):
         sequences = []
         for prompt, path, actions in zip(prompts, paths, taken):
             sequences.append(prompt + tasks.rollout_positions(np.array(path), actions))
-        chosen = rollout.Sequences(model, sequences).out.action_logits[:, -1].argmax(-1).tolist()
+        chosen = model.action_head(Sequences(model, sequences).hidden).argmax(-1).tolist()
         for sequence, action, path in zip(sequences, chosen, paths):
             sequence.append(tasks.Position(ACTION, action, path[-1]))
-        states = rollout.Sequences(model, sequences).out.state_pred[:, -1].numpy()
+        seen = np.array([path[-1] for path in paths])
+        hidden = Sequences(model, sequences).hidden[:, None]
+        states = rollout.expected_states(model, hidden, torch.tensor(chosen)[:, None], seen)[:, 0]
         for path, actions, action, state in zip(paths, taken, chosen, states):
             path.append(state)
             actions.append(action)
@@ -277,22 +280,21 @@ def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
     each row needs.
     """
     encoded = WORLD.encode_goals(goals)
-    obs = torch.as_tensor(observations)
+    obs = observations
     prompts = prompts_of(tokenizer, goals)
     starts = [prompt + tasks.rollout_positions([row]) for prompt, row in zip(prompts, observations)]
-    sequences = rollout.Sequences(model, starts)
+    sequences = Sequences(model, starts)
     needed = np.zeros(len(goals), int)
     for step in range(max_steps):
-        actions = sequences.out.action_logits[:, -1].argmax(-1)
-        sequences.feed(ACTION, actions, obs)
-        expected = sequences.out.state_pred[:, -1]
-        arrays = [tensor.numpy() for tensor in (obs, expected, actions)]
-        ends = WORLD.success(encoded, *arrays, imagined=True) | (step == max_steps - 1)
+        actions = model.action_head(sequences.hidden).argmax(-1).numpy()
+        taken, expected = rollout.imagine_step(sequences, WORLD, encoded, obs, actions[:, None])
+        ends = WORLD.success(encoded, obs, expected, taken, imagined=True)
+        ends |= step == max_steps - 1
         needed[(needed == 0) & ends] = step + 1
         if needed.all():
             break
         obs = expected
-        sequences.feed(STATE, torch.zeros_like(actions), obs)
+        sequences.feed(model.embed_states(torch.as_tensor(obs)))
     return needed
 
 
