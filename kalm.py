@@ -414,10 +414,13 @@ STAGES = {  # function, what it reads and writes, settings of the run that it fo
 }
 
 
+HELP = {"-h", "--help"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, or 2 after a sentence on what is wrong."""
     arguments = sys.argv[1:] if arguments is None else [*map(str, arguments)]
-    if {"-h", "--help"} & set(arguments):
+    if HELP & set(arguments):
         print(help_text(__doc__.split("\n\n")[1], CLASSES, SCALES))
         return 0
     datasets.disable_progress_bars()
@@ -488,7 +491,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
 
 if __name__ == "__main__":
     count = launch.workers(SettingsParser(CLASSES).given(sys.argv[1:]))
-    if count > 1:
+    if count > 1 and not HELP & set(sys.argv):
         sys.exit(launch.start(sys.argv[0], sys.argv[1:], count))
     launch.stop_with_launcher()
     launch.leave(main())

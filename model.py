@@ -99,9 +99,9 @@ class KalmConfig(PreTrainedConfig):
 class KalmOutput(ModelOutput):
     """loss: scalar; losses: its parts; task_losses: (len(TASKS),), 0 where a task is absent.
 
-    state_pred: (B, L, observation_dim), the next state where it is asked for: before each state of
-    `predict`, or without that after each action; the current state elsewhere. action_logits:
-    (B, L, num_actions). logits: (B, text_logits, vocabulary) where asked for.
+    state_pred: (B, L, observation_dim), the next state before each state of `predict`, or without
+    that after each action; the current one elsewhere. action_logits: (B, L, num_actions). logits:
+    (B, text_logits, vocabulary) where asked for.
     """
 
     loss: Tensor | None = None
@@ -168,10 +168,6 @@ def task_losses(losses: dict[str, Tensor], tasks: dict[str, Tensor]) -> Tensor:
 def is_new(name: str) -> bool:
     """Whether grounding adds a parameter of this name, or the LLM had it."""
     return not name.startswith("backbone.") or ".lora_" in name
-
-
-# ----------------------------------------------------------------------------------------------
-# The model
 
 
 class KalmForRollouts(PreTrainedModel):
@@ -275,8 +271,8 @@ class KalmForRollouts(PreTrainedModel):
 
     def embed_states(self, states: Tensor) -> Tensor:
         """Input embeddings (..., hidden) of states (..., observation_dim)."""
-        normalised = (states - self.observation_mean) / self.observation_std
-        return self.state_embedding(matching(self.state_embedding, self.waves(normalised)))
+        waves = self.waves((states - self.observation_mean) / self.observation_std)
+        return self.state_embedding(matching(self.state_embedding, waves))
 
     def forward(
         self,
@@ -318,7 +314,7 @@ class KalmForRollouts(PreTrainedModel):
         result = KalmOutput(cache=out.cache if use_cache else None)
         if text_logits != 0:
             result.logits = self.word_logits(hidden[:, -text_logits:] if text_logits else hidden)
-        result.action_logits = self.action_head(matching(self.action_head, hidden))
+        result.action_logits = self.action_logits(hidden)
 
         # The state head is asked only where a next state is wanted: it is wider than the others.
         if predict is None:
@@ -335,15 +331,20 @@ class KalmForRollouts(PreTrainedModel):
             self._add_losses(result, hidden, change, input_ids, modality, states, predict, task)
         return result
 
+    def action_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., num_actions) of the next action from hidden states (..., hidden)."""
+        return self.action_head(matching(self.action_head, hidden))
+
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of the next token from hidden states (..., hidden)."""
         head = self.get_output_embeddings()
         logits = head(matching(head, hidden))
         text = self.config.backbone_config.get_text_config()
         # What some LLMs do to their logits: Cohere, Granite, Gemma-2.
-        logits = logits * getattr(text, "logit_scale", 1) / getattr(text, "logits_scaling", 1)
+        scale = getattr(text, "logit_scale", None) or 1
+        logits = logits * scale / (getattr(text, "logits_scaling", None) or 1)
         cap = getattr(text, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     # The state head: physics is the same for every object, so it need not be learned for each
 
@@ -429,7 +430,7 @@ class KalmForRollouts(PreTrainedModel):
         """
         torch.manual_seed(seed)
         tokens = llm.get_input_embeddings()
-        some = torch.arange(64, device=llm.device)
+        some = torch.arange(min(64, len(tokens.weight)), device=llm.device)
         gain = root_mean_square(tokens(some)) / root_mean_square(tokens.weight[some])  # Gemma's
         rms = embedding_scale * gain * root_mean_square(tokens.weight)
         backbone = llm.config.to_dict()

@@ -169,7 +169,7 @@ def generate(
     running = np.arange(len(goals))
     for step in range(max_steps):
         sequences.feed(model.embed_states(torch.as_tensor(obs, device=model.device)))
-        logits = model.action_head(sequences.hidden).float().cpu().numpy()
+        logits = model.action_logits(sequences.hidden).float().cpu().numpy()
         tried = sample_actions(logits, temperature, noise[running, step], candidates)
         actions, after = imagine_step(sequences, world, encoded[running], obs, tried)
         if simulator is not None:
@@ -288,16 +288,12 @@ class ImagineArguments:
     """Which goals to imagine rollouts for, from how many starts, and how."""
 
     goals: str = setting("", "file of your own novel goals, see data/README.md")
-    split: str = setting(
-        "test", "of the built-in goals: validation (to choose) or test (to report)"
-    )
+    split: str = setting("test", "of built-in goals: validation (to choose) or test (to report)")
     novel_goals: int = setting(240, "novel goals a level")
-    starts_per_goal: int = setting(16, "starts to imagine from for each goal")
+    starts_per_goal: int = setting(16, "starts to imagine from a goal")
     step_starts: int = setting(40, "the same for goals of one action")
     temperatures: str = setting("1,1,1.2,1.2", "of sampling, one for each round of imagining")
-    candidates: int = setting(
-        8, "actions to look ahead at in each step of later rounds, at most all"
-    )
+    candidates: int = setting(8, "actions tried in mind at a step of later rounds")
     step_candidates: int = setting(40, "the same for goals of one action")
     visited_share: float = setting(0.5, "of rollouts that start in a state of the data")
     self_check: bool = setting(False, "the model explains and checks what it imagined")

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from model import PAD, KalmForRollouts
@@ -134,7 +135,7 @@ def decode(
     running = np.arange(len(prompts))
     sequences = Sequences(model, prompts)
     for _ in range(max_tokens):
-        tokens = model.backbone.get_output_embeddings()(sequences.hidden).argmax(-1)
+        tokens = model.word_logits(sequences.hidden).argmax(-1)
         going = (tokens != end).nonzero()[:, 0]
         if len(going) == 0:
             break
@@ -148,16 +149,21 @@ def decode(
     return answers
 
 
+def row_bytes(backbone_config: PreTrainedConfig, number_size: int, positions: int) -> int:
+    """Bytes of a row's cache: keys and values of so many positions, in numbers of number_size."""
+    config = backbone_config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * heads * head_dim * number_size * positions
+
+
 def rows_that_fit(model: KalmForRollouts, positions: int, processes: int = 1) -> int:
     """Rows of a batch: of so many positions each, their caches fill at most half of the free memory
     of the model's device, of which processes on one machine's cores have a share each. At most 256.
     """
-    config = model.config.backbone_config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    heads = getattr(config, "num_key_value_heads", None) or heads
     number_size = model.get_input_embeddings().weight.element_size()
-    row_size = 2 * config.num_hidden_layers * heads * head_dim * number_size * positions
+    row_size = row_bytes(model.config.backbone_config, number_size, positions)
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
     else:

@@ -17,9 +17,11 @@ import env
 from data import llm
 from data.grounded import LORA_SETTINGS
 from model import STATE, TEXT, KalmConfig, KalmForRollouts
+from sequences import row_bytes
 from tasks import GroundingExamples, Tokenizer, pack
 
 GB = 1e9
+LONGEST_PROMPT = 64  # positions, about
 
 ADVICE = (
     "--gradient_checkpointing true, a smaller --per_device_train_batch_size with "
@@ -50,16 +52,30 @@ def in_words(run, settings, imagining) -> str:
     lora = {name: getattr(settings, name) for name in LORA_SETTINGS}
     model_config = KalmConfig(backbone_config=config, **sizes, **lora)
     batch = sample_batch(world, tokenizer, settings)
-    parts = of_grounding(model_config, batch, settings, run.dtype) if settings.trains else {}
-    available = free(settings.device) / GB
     lines = []
     if settings.trains:
         parts = of_grounding(model_config, batch, settings, run.dtype)
         shown = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
         total = sum(parts.values()) / GB
-        lines.append(f"  memory of ground on each device: about {total:.2f} GB ({shown})")
-    lines.append(f"  free now: {available:.1f} GB")
+        lines.append(f"memory: ground takes about {total:.2f} GB on each device ({shown})")
+    parameters = sum(parameter.numel() for parameter in on_meta(model_config).parameters())
+    weights = parameters * run.dtype.itemsize / GB
+    positions = LONGEST_PROMPT + 2 * imagining.imagined_steps
+    row = row_bytes(config, run.dtype.itemsize, positions) / GB
+    available = free(settings.device) / GB
+    lines.append(
+        f"memory: imagine takes about {weights:.2f} GB of weights and {row:.4f} GB a row, of at "
+        f"most 256 rows that half of the free memory holds; {available:.1f} GB are free"
+    )
+    if settings.trains and total > available:
+        lines.append(f"memory: that is more than is free; what helps: {ADVICE}")
     return "\n".join(lines)
+
+
+def on_meta(config: KalmConfig) -> KalmForRollouts:
+    """A model of a configuration, without memory."""
+    with torch.device("meta"):
+        return KalmForRollouts(config)
 
 
 def sample_batch(world: env.World, tokenizer: Tokenizer, settings) -> dict[str, torch.Tensor]:
@@ -83,8 +99,7 @@ def of_grounding(
     """
     device = settings.device
     base_dtype = dtype if config.lora_rank else torch.float32
-    with torch.device("meta"):
-        model = KalmForRollouts(config).train()
+    model = on_meta(config).train()
     model.get_input_embeddings().weight.requires_grad_(False)
     weights, trained = weight_bytes(model, base_dtype, settings.load_in_4bit)
     activations = head_bytes(model, batch, dtype)

@@ -29,7 +29,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from data import llm as llm_source
 from data.small_llm import WINDOWS, small_model
 from model import SEGMENTS, TEXT, KalmForRollouts, KalmOutput
-from rollout import Sequences
+from sequences import Sequences
 from tasks import (
     Position,
     make_example,
@@ -189,8 +189,22 @@ def begin_trial(llm: PreTrainedModel) -> Trial:
             prompt = text_positions(prompt_ids(letters, "generation", goal))
             sequences.append(prompt + rollout_positions(observations, actions))
         examples.append(make_example("generation", letters, world, records))
-    alone = [Sequences(model, [sequence], text_logits=None).out for sequence in sequences]
+    alone = [whole(model, sequence) for sequence in sequences]
     return Trial(model, own_logits, examples, sequences, alone)
+
+
+def arrays(positions: Sequence[Position]) -> list[torch.Tensor]:
+    """input_ids, modality (1, L) and states (1, L, OBSERVATION) of a sequence."""
+    nowhere = np.zeros(OBSERVATION, np.float32)
+    ids = [int(position.index) for position in positions]
+    modality = [position.modality for position in positions]
+    states = [nowhere if position.state is None else position.state for position in positions]
+    return [torch.tensor(np.array(values))[None] for values in (ids, modality, states)]
+
+
+def whole(model: KalmForRollouts, positions: Sequence[Position]) -> KalmOutput:
+    """The outputs of a sequence that is run at once and alone."""
+    return model(*arrays(positions), text_logits=None)
 
 
 def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
@@ -216,7 +230,7 @@ def distance(here: torch.Tensor, there: torch.Tensor, spread: torch.Tensor) -> f
 
 def later_positions(trial: Trial) -> float:
     """A sequence without its last positions, against the whole."""
-    shorter = Sequences(trial.model, [trial.sequences[0][:-FED]], text_logits=None).out
+    shorter = whole(trial.model, trial.sequences[0][:-FED])
     return gap(shorter, 0, slice(None), trial.alone[0], slice(-FED))
 
 
@@ -245,21 +259,22 @@ def packing(trial: Trial) -> float:
 
 
 def caching(trial: Trial) -> float:
-    """Left-padded rows that grow, are repeated and leave the batch, against each alone."""
-    prompts = [sequence[:-FED] for sequence in trial.sequences]
-    sequences = Sequences(trial.model, prompts, text_logits=1)
-    sequences.repeat(2)
-    kept = torch.tensor([7, 4, 1])
-    sequences.select(kept)
-    rows = (kept // 2).tolist()
+    """Left-padded rows that leave the batch and grow by one of two branches, against each alone."""
+    model = trial.model
+    sequences = Sequences(model, [sequence[:-FED] for sequence in trial.sequences])
+    rows = [3, 2, 0]
+    sequences.select(torch.tensor(rows))
     gaps = []
     for column in range(-FED, 0):
-        positions = [trial.sequences[row][column] for row in rows]
-        index = torch.tensor([int(position.index) for position in positions])
-        states = torch.tensor(np.stack([position.state for position in positions]))
-        sequences.feed(positions[0].modality, index, states)
-        for place, row in enumerate(rows):
-            gaps.append(gap(sequences.out, place, -1, trial.alone[row], column))
+        right = [model.embed(*arrays([trial.sequences[row][column]])) for row in rows]
+        right = torch.cat(right)
+        sequences.feed_branches(torch.cat([right.flip(0), right], 1))
+        sequences.keep_branch(torch.ones(len(rows), dtype=torch.long), 2)
+        for hidden, row in zip(sequences.hidden, rows):
+            for name in ("action_logits", "word_logits"):
+                here = getattr(model, name)(hidden)
+                there = getattr(trial.alone[row], name.replace("word_", ""))
+                gaps.append(distance(here, there[0, column], there.std()))
     return max(gaps)
 
 

@@ -149,7 +149,7 @@ def help_text(intro: str, classes: Sequence[type], scales: dict[str, dict]) -> s
             values = [scale.get(field.name, own) for scale in scales.values()]
             while values[1:] and values[-1] == values[-2]:
                 values.pop()
-            shown = " / ".join(map(str, values)) or "none"
+            shown = " / ".join(f"{v:g}" if type(v) is float else str(v) for v in values) or "none"
             text = f"--{field.name}  {field.metadata['help']} ({shown})"
             lines += textwrap.wrap(
                 text, columns - 1, initial_indent="  ", subsequent_indent=" " * 6

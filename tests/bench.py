@@ -242,7 +242,7 @@ def generate_without_cache(model, tokenizer, goals, observations, max_steps):
         sequences = []
         for prompt, path, actions in zip(prompts, paths, taken):
             sequences.append(prompt + tasks.rollout_positions(np.array(path), actions))
-        chosen = model.action_head(Sequences(model, sequences).hidden).argmax(-1).tolist()
+        chosen = model.action_logits(Sequences(model, sequences).hidden).argmax(-1).tolist()
         for sequence, action, path in zip(sequences, chosen, paths):
             sequence.append(tasks.Position(ACTION, action, path[-1]))
         seen = np.array([path[-1] for path in paths])
@@ -286,7 +286,7 @@ def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
     sequences = Sequences(model, starts)
     needed = np.zeros(len(goals), int)
     for step in range(max_steps):
-        actions = model.action_head(sequences.hidden).argmax(-1).numpy()
+        actions = model.action_logits(sequences.hidden).argmax(-1).numpy()
         taken, expected = rollout.imagine_step(sequences, WORLD, encoded, obs, actions[:, None])
         ends = WORLD.success(encoded, obs, expected, taken, imagined=True)
         ends |= step == max_steps - 1

@@ -120,7 +120,7 @@ def test_two_processes_share_the_work_and_give_complete_and_the_same_results(
     assert done.stdout.count("learn ...") == 1  # one process speaks for both
     assert_complete(results_of(run))
     assert (run / "report.html").is_file() and not list(tmp_path.rglob("*.partial"))
-    assert "8 steps of 16 examples" in (run / "grounded" / "README.md").read_text("utf-8")
+    assert "8 steps of 8 examples" in (run / "grounded" / "README.md").read_text("utf-8")
     for level in env.NOVEL_LEVELS:  # each goal and start once, in the order of one process
         both, alone = (read_rollouts(r / "rollouts" / level, world) for r in (run, smoke_run))
         for ours, theirs in zip(both[:12], alone):
@@ -236,7 +236,7 @@ def test_switches_of_hugging_face_do_in_grounding_what_they_do_elsewhere(
     log = lines_of(tmp_path / "saving" / "logs" / "grounding.jsonl")
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8]
     assert [entry["step"] for entry in log if "eval_action_accuracy" in entry] == [4, 8]
-    assert "8 steps of 16 examples" in (saving / "README.md").read_text("utf-8")
+    assert "8 steps of 8 examples" in (saving / "README.md").read_text("utf-8")
     config = yaml.safe_load((tmp_path / "saving" / "config.yaml").read_text("utf-8"))
     assert (config["gradient_accumulation_steps"], config["max_steps"]) == (2, 8)
 
@@ -256,7 +256,7 @@ def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path,
     trained, served = tmp_path / "trained", tmp_path / "served"
     two = ("--stage", "collect", "ground")
     assert smoke(trained, *two, "--lora_rank", 2) == 0
-    adapter = trained / "grounded" / "adapter"
+    adapter = trained / "grounded"
     capsys.readouterr()
     assert smoke(served, *two, "--adapter", adapter) == 0
     told = " ".join(capsys.readouterr().out.split("collect ...")[0].split())
@@ -273,7 +273,7 @@ def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path,
     assert smoke(trained, "--adapter", adapter) == 2  # ground would delete what it reads
     assert f"ground would replace {trained / 'grounded'}" in capsys.readouterr().err
     assert smoke(served, "--stage", "ground", "--adapter", adapter, "--max_steps", 3) == 0
-    log = folder.read_json(served / "grounded" / "adapter" / "metrics.json")["log"]
+    log = folder.read_json(served / "grounded" / "metrics.json")["log"]
     assert log[:-3] == metrics[0]["log"]
     assert [entry["step"] for entry in log] == list(range(1, 12))
     card = ModelCard.load(served / "grounded" / "README.md").text

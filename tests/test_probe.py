@@ -132,8 +132,8 @@ def test_a_cache_that_forgets_is_refused(monkeypatch):
         return keys, values
 
     def forgets_when_fed(self, keys, values, *arguments, **options):
-        one_by_one = keys.shape[2] == 1
-        return (forgetful if one_by_one else update)(self, keys, values, *arguments, **options)
+        is_fed = keys.shape[2] == 2  # branches
+        return (forgetful if is_fed else update)(self, keys, values, *arguments, **options)
 
     monkeypatch.setattr(transformers.DynamicCache, "update", forgets_when_fed)
     assert "a key-value cache changes its outputs" in refusal("llama")

@@ -240,9 +240,8 @@ def test_the_model_card_has_front_matter_figures_and_how_to_load(tmp_path):
     assert found.data.license == "apache-2.0" and {"kalm", "clevr-robot"} <= set(found.data.tags)
     assert "| picks the recorded action | 0.707 |" in found.text
     assert "| explanation of tiles | 0.250 |" in found.text
-    assert "import model" in found.text and "`adapter/`" not in found.text
-    (tmp_path / "adapter").mkdir()
-    assert "`adapter/`" in card_with(tmp_path).text
+    assert "import model" in found.text and "from_pretrained(FOLDER, llm=...)" in found.text
+    assert "llm=..." not in card_with(tmp_path, lora_rank=0).text
 
 
 def test_the_model_card_names_a_base_that_others_can_find_and_its_license(tmp_path, monkeypatch):

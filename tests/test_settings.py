@@ -224,7 +224,7 @@ def plan_of(tmp_path, monkeypatch, capsys):
 
 def test_a_dry_run_prints_what_would_happen_and_writes_nothing(plan_of):
     plan = plan_of("--scale", "cpu", "--rl_steps", 77)
-    assert list(plan) == ["KALM,", *list(kalm.STAGES)[:-1]]
+    assert list(plan) == ["KALM,", *list(kalm.STAGES)[:-1], "memory:"]
     assert "rl_steps 77," in plan["learn"] and "episodes 200," in plan["evaluate"]
     settings_of_ground = re.split(" {3,}", plan["ground"])[-1]
     assert settings_of_ground == (  # no tasks, no batch size, nothing is trained

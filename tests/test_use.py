@@ -109,7 +109,7 @@ def test_act_and_report_need_neither_the_data_nor_the_adapter_of_a_run(smoke_run
     data = shutil.copytree(smoke_run / "rollouts" / "real", tmp_path / "data")
     base, run = tmp_path / "base", tmp_path / "run"
     assert smoke(base, "--stage", "collect", "ground", "--lora_rank", 2) == 0
-    adapter = shutil.copytree(base / "grounded" / "adapter", tmp_path / "adapter")
+    adapter = shutil.copytree(base / "grounded", tmp_path / "adapter")
     options = ("--methods", "bc,llm", "--rl_steps", 5, "--adapter", adapter, "--data", data)
     assert smoke(run, *options) == 0
     for path in (data, adapter):
