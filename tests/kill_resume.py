@@ -127,6 +127,8 @@ def main():
             trials += 1
             run = Path(folder) / f"run {trials}"
             where = [killed(run, kind, rng.uniform(0, whole[kind]), rng) for _ in range(count)]
+            if None in where:
+                whole[kind] *= 0.8  # it was measured on a busier machine
             where = [sentence for sentence in where if sentence]
             kills += len(where)
             finish(run, kind)
