@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import env
 import ground
 import kalm
+import tasks
 from data.rollouts import read_rollouts
 from experiment import folder
 from model import KalmForRollouts
@@ -211,7 +212,7 @@ def test_switches_of_hugging_face_do_in_grounding_what_they_do_elsewhere(
     real, real_layer = ground.GroundingTrainer.compute_loss, LlamaMLP.forward
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        examples = (inputs["segments"].amax(1) // ground.SEGMENTS + 1).sum().item()
+        examples = (inputs["segments"].amax(1) // tasks.SEGMENTS + 1).sum().item()
         seen.append((self.state.global_step, model.is_gradient_checkpointing, examples))
         return real(self, model, inputs, *args, **kwargs)
 
@@ -236,7 +237,7 @@ def test_switches_of_hugging_face_do_in_grounding_what_they_do_elsewhere(
     log = lines_of(tmp_path / "saving" / "logs" / "grounding.jsonl")
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6, 8]
     assert [entry["step"] for entry in log if "eval_action_accuracy" in entry] == [4, 8]
-    assert "8 steps of 8 examples" in (saving / "README.md").read_text("utf-8")
+    assert "8 steps of 16 examples" in (saving / "README.md").read_text("utf-8")
     config = yaml.safe_load((tmp_path / "saving" / "config.yaml").read_text("utf-8"))
     assert (config["gradient_accumulation_steps"], config["max_steps"]) == (2, 8)
 
@@ -262,7 +263,7 @@ def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path,
     told = " ".join(capsys.readouterr().out.split("collect ...")[0].split())
     assert f"adapter {adapter}, keep_layers 0, max_steps -1, num_train_epochs 0.0" in told
     card = ModelCard.load(served / "grounded" / "README.md").text
-    assert "**Training**: none here. The adapter `adapter` (LoRA of rank 2) was taken" in card
+    assert "**Training**: none here. The adapter `grounded` (LoRA of rank 2) was taken" in card
     config = yaml.safe_load((served / "config.yaml").read_text("utf-8"))
     assert config["adapter"] == str(adapter) and not {"tasks", "learning_rate"} & set(config)
     models = [KalmForRollouts.from_pretrained(path / "grounded") for path in (trained, served)]
@@ -277,7 +278,7 @@ def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path,
     assert log[:-3] == metrics[0]["log"]
     assert [entry["step"] for entry in log] == list(range(1, 12))
     card = ModelCard.load(served / "grounded" / "README.md").text
-    assert "the adapter `adapter`, trained on for 3 steps of 8 examples" in card
+    assert "the adapter `grounded`, trained on for 3 steps of 8 examples" in card
     further = KalmForRollouts.from_pretrained(served / "grounded").state_dict()
     moved = {name for name in ours if not torch.equal(ours[name], further[name])}
     assert moved and moved <= set(models[1].new_parameters())
@@ -312,6 +313,7 @@ def test_a_second_run_redoes_what_a_changed_setting_touches_and_no_more(
     run, tmp_path, stages_run, monkeypatch, arguments
 ):
     monkeypatch.setattr(kalm.command, "check", lambda *_: None)
+    monkeypatch.setattr(kalm.command, "check_llm", lambda *_: None)
     before = files_of(run)
     assert smoke(run, *arguments.split()) == 0
     assert stages_run == REDONE[arguments]

@@ -41,7 +41,7 @@ def act(run, goal, *options):
 def test_goals_without_a_judge_are_imagined_learned_from_and_left_out_of_evaluation(
     run, tmp_path, monkeypatch, world
 ):
-    def explain(model, tokenizer, records, *_):
+    def explain(model, tokenizer, records, *_, **options):
         return ["The red ball." if number % 2 else "" for number in range(len(records))]
 
     learned, build = [], rl.Buffer.__init__
