@@ -62,7 +62,7 @@ class GroundingArguments(transformers.TrainingArguments):
     logging_steps: float = setting(50, "between entries of the log")
     eval_strategy: str = setting("steps", "when to measure on held-out rollouts")
     eval_steps: float = setting(0.25, "between measurements; below 1: a share of all steps")
-    save_steps: float = setting(100, "between checkpoints, where a killed run goes on")
+    save_steps: float = setting(100, "from checkpoint to checkpoint")
     save_total_limit: int = setting(1, "checkpoints to keep; all go when grounding is done")
     report_to: str = setting("none", "trackers: tensorboard, wandb, trackio, ...")
     seed: int = setting(0, "of everything random")

@@ -144,9 +144,9 @@ def matching(layers: nn.Module, numbers: Tensor) -> Tensor:
 
 
 def root_mean_square(numbers: Tensor) -> float:
-    """Their size, computed without a copy of them."""
-    norm = torch.linalg.vector_norm(numbers, dtype=torch.float32)
-    return norm.item() / numbers.numel() ** 0.5
+    """Their size, computed without a float32 copy of them all."""
+    squares = [part.float().square().sum().item() for part in numbers.split(4096)]
+    return (sum(squares) / numbers.numel()) ** 0.5
 
 
 def mean_or_zero(losses: Tensor) -> Tensor:
@@ -195,9 +195,8 @@ class KalmForRollouts(PreTrainedModel):
         )
         self.action_embedding = nn.Embedding(config.num_actions, hidden)
         # What `acted_view` gives: places of all objects, offsets of all but one, the move.
-        features_of_object = features // config.objects
         moves = config.num_actions // config.objects
-        view = (2 * config.objects - 1) * features_of_object + moves
+        view = (2 * config.objects - 1) * (features // config.objects) + moves
         self.state_head = nn.Sequential(
             nn.Linear(hidden + view, 2 * width),
             nn.GELU(),
@@ -470,14 +469,11 @@ class KalmForRollouts(PreTrainedModel):
         if self.config.lora_rank:
             weights = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: weights[name] for name in self.new_parameters()}
-        options = {"state_dict": state_dict, "save_original_format": False, **kwargs}
-        super().save_pretrained(folder, **options)
+        super().save_pretrained(folder, state_dict=state_dict, save_original_format=False, **kwargs)
 
     @torch.no_grad()
     def merge_adapters(self) -> "KalmForRollouts":
-        """Make LoRA's products part of the weights that they adapt, in place: the same function
-        without LoRA, faster. Returns self.
-        """
+        """Add LoRA's products to the weights that they adapt, and leave it out: the same, faster."""
         for name, module in [*self.backbone.named_modules()]:
             if hasattr(module, "lora_A"):
                 weight = module.base_layer.weight

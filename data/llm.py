@@ -228,6 +228,7 @@ def load(
     options = {"config": cut(read_config(name), keep_layers), "dtype": dtype}
     if in_4bit:
         quantised = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # or all is read before it is made small
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **quantised)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose

@@ -187,7 +187,7 @@ def test_paths_hold_from_anywhere(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ help and plans
 
 
-@pytest.mark.parametrize("columns, screens", [(80, 2 * 56), (120, 2 * 50), (300, 2 * 50)])
+@pytest.mark.parametrize("columns, screens", [(80, 2 * 55), (120, 2 * 50), (300, 2 * 50)])
 def test_help_fits_two_screens_and_shows_every_setting_of_ours_by_scale(
     monkeypatch, capsys, columns, screens
 ):
@@ -228,7 +228,7 @@ def test_a_dry_run_prints_what_would_happen_and_writes_nothing(plan_of):
     assert "rl_steps 77," in plan["learn"] and "episodes 200," in plan["evaluate"]
     settings_of_ground = re.split(" {3,}", plan["ground"])[-1]
     assert settings_of_ground == (  # no tasks, no batch size, nothing is trained
-        "adapter released, keep_layers 6, max_steps -1, num_train_epochs 0.0"
+        "adapter released, keep_layers 6, max_steps -1, num_train_epochs 0.0, load_in_4bit False"
     )
     assert "max_steps 5," in plan_of("--scale", "cpu", "--max_steps", 5)["ground"]
 
