@@ -473,7 +473,7 @@ class KalmForRollouts(PreTrainedModel):
 
     @torch.no_grad()
     def merge_adapters(self) -> "KalmForRollouts":
-        """Add LoRA's products to the weights that they adapt, and leave it out: the same, faster."""
+        """Add LoRA's products to the weights that they adapt, and drop it: the same, faster."""
         for name, module in [*self.backbone.named_modules()]:
             if hasattr(module, "lora_A"):
                 weight = module.base_layer.weight
