@@ -374,12 +374,12 @@ def run_episodes(
 
 
 def expert_rollouts(
-    world: World, goals: Sequence[Goal], rng: np.random.Generator, max_steps: int, **options
+    world: World, goals: Sequence[Goal], states: ndarray, max_steps: int
 ) -> list[dict]:
-    """An episode of the world's expert for each goal. options: as `run_episodes` takes them."""
-    encoded, states = world.encode_goals(goals), unfulfilled_states(world, rng, goals)
+    """An episode of the world's expert for each goal and start (B, state_dim)."""
+    encoded = world.encode_goals(goals)
     expert = lambda obs, rows: world.expert_actions(encoded[rows], obs)
-    return run_episodes(world, expert, goals, states, max_steps, **options)
+    return run_episodes(world, expert, goals, states, max_steps)
 
 
 def replay(plans: Sequence[Sequence[int]]) -> Policy:

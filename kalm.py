@@ -42,12 +42,14 @@ import ground
 import rl
 import rollout
 import tasks
-from data import formats, grounded, llm, minari_io
+from data import formats, grounded, llm
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, launch, logs, memory, report
 from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
+from experiment.processes import in_batches
 from experiment.quality import explanation_figures, rollout_figures
+from experiment.report import ReportArguments
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
 from experiment.stages import Plan, Stage, do
@@ -116,20 +118,6 @@ class CollectArguments:
         return {"data": formats.content_hash(self.data)} if self.data else {}
 
 
-@dataclass
-class ReportArguments:
-    """The page, and rollouts for others."""
-
-    export: str = setting("none", "rollouts in other formats: npz, minari or npz,minari")
-
-    def __post_init__(self):
-        self.kinds = [] if self.export == "none" else self.export.split(",")
-        if not set(self.kinds) <= {"npz", "minari"}:
-            raise ValueError(f"--export takes none, npz, minari or both, got {self.export!r}")
-        if "minari" in self.kinds:
-            minari_io.package()
-
-
 CLASSES = (command.RunArguments, CollectArguments, GroundingArguments, ImagineArguments)
 CLASSES += (LearnArguments, EvaluateArguments, ReportArguments)
 
@@ -139,25 +127,30 @@ CLASSES += (LearnArguments, EvaluateArguments, ReportArguments)
 
 def collect(run: Run, settings: CollectArguments, work: Path) -> None:
     """Rollouts of the expert for training goals, or those of --data -> rollouts/real."""
-    if not PartialState().is_main_process:
-        return
     world = run.world
     if settings.data:
         kept, sentence = formats.read_offline(settings.data, world, run.seed)
-        print(f"  {sentence}")
+        run.say(f"  {sentence}")
     else:
         rng = run.rng(0)
         goals = []
         for goal in world.sample_goals("offline", "train", settings.train_goals, rng):
             goals += [goal] * settings.rollouts_per_goal
         steps = min(settings.expert_steps, world.max_steps)
-        records = env.expert_rollouts(world, goals, rng, steps, description="collect")
+        states = env.unfulfilled_states(world, rng, goals)
+
+        def play(rows):
+            return env.expert_rollouts(world, [goals[row] for row in rows], states[rows], steps)
+
+        batches = np.array_split(np.arange(len(goals)), min(len(goals), 16))
+        records = in_batches(play, batches, list(map(len, batches)), True, "collect")
         kept = [record for record in records if record["success"]]
         if not kept:
             raise ValueError(f"the expert of {world.name} succeeds in none of {len(records)} goals")
         mean = np.mean([len(record["actions"]) for record in kept])
-        print(f"  {len(kept)} of {len(records)} expert rollouts succeed, {mean:.1f} actions each")
-    write_rollouts(run.folder / "rollouts" / "real", kept)
+        run.say(f"  {len(kept)} of {len(records)} expert rollouts succeed, {mean:.1f} actions each")
+    if PartialState().is_main_process:
+        write_rollouts(run.folder / "rollouts" / "real", kept)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def sample_batch(world: env.World, tokenizer: Tokenizer, settings) -> dict[str, 
     rng = np.random.default_rng(0)
     size = settings.per_device_train_batch_size
     goals = world.sample_goals("offline", "train", max(8, size // 2), rng)
-    records = env.expert_rollouts(world, [goal for goal in goals for _ in range(6)], rng, 20)
+    goals = [goal for goal in goals for _ in range(6)]
+    records = env.expert_rollouts(world, goals, env.unfulfilled_states(world, rng, goals), 20)
     done = [record for record in records if record["success"]]
     examples = GroundingExamples(done, tokenizer, world, settings.task_names)
     return pack([examples[number] for number in rng.integers(len(examples), size=size)])

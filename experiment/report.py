@@ -10,6 +10,7 @@ import itertools
 import platform
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import env
+from data import minari_io
 from experiment import folder
 from experiment.card import figures_in_words
 from experiment.episode import save_gif, verdict_of
 from experiment.intervals import figure, success_rows
+from experiment.settings import setting
 from model import TASKS
+
+
+@dataclass
+class ReportArguments:
+    """The page, and rollouts for others."""
+
+    export: str = setting("none", "rollouts in other formats: npz, minari or npz,minari")
+
+    def __post_init__(self):
+        self.kinds = [] if self.export == "none" else self.export.split(",")
+        if not set(self.kinds) <= {"npz", "minari"}:
+            raise ValueError(f"--export takes none, npz, minari or both, got {self.export!r}")
+        if "minari" in self.kinds:
+            minari_io.package()
+
 
 # The paper's figures: success of its best policies as read off its figure, rates as printed
 PAPER_WORLD = "clevr_robot"

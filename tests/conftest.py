@@ -49,7 +49,8 @@ def world():
 
 def expert_rollouts(world, goals, rng):
     """One episode of the scripted expert for each relation goal, at most 20 actions."""
-    return env.expert_rollouts(world, goals, rng, max_steps=20)
+    states = env.unfulfilled_states(world, rng, goals)
+    return env.expert_rollouts(world, goals, states, max_steps=20)
 
 
 @pytest.fixture(scope="session")
