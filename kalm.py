@@ -427,6 +427,8 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = str(error)
         if not isinstance(error, (ValueError, FloatingPointError, OSError)):
             sentence = f"{type(error).__name__}: {sentence} (--traceback shows where)"
+        if memory.ran_out(error):
+            sentence = f"out of memory ({error}); what helps: {memory.ADVICE}"
         if stages_begun:
             sentence = f"stage {stages_begun[-1]!r}: {sentence}; finished stages are kept"
         if not launch.is_first():

@@ -31,6 +31,12 @@ ADVICE = (
 QUANTISED = 0.5 + 4 / 64  # bytes of a weight in 4 bits: bitsandbytes scales blocks of 64
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that a device or the host has no more memory."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
 def free(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cpu":

@@ -9,6 +9,8 @@ import torch
 import transformers
 from conftest import ROOT, grounding_settings
 
+import ground
+import kalm
 from experiment import memory
 from model import KalmConfig, KalmForRollouts
 
@@ -50,6 +52,30 @@ def test_checkpoints_of_layers_and_fewer_layers_keep_less(tmp_path):
     shallow = parts(tmp_path, 8, layers=6)[kept]
     checkpointed = parts(tmp_path, 8, layers=12, activation_checkpointing=True)[kept]
     assert checkpointed < shallow < 0.75 * deep
+
+
+@pytest.mark.parametrize("where", ("device", "host"))
+def test_out_of_memory_says_what_helps_and_the_run_goes_on(tmp_path, monkeypatch, capsys, where):
+    step = ground.GroundingTrainer.training_step
+
+    def full(self, *arguments, **options):
+        if self.state.global_step < 5:
+            return step(self, *arguments, **options)
+        if where == "device":
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return torch.empty(2**60)  # bytes that no host has
+
+    run = ("--scale", "smoke", "--output_dir", tmp_path, "--stage", "collect", "ground")
+    with monkeypatch.context() as patch:
+        patch.setattr(ground.GroundingTrainer, "training_step", full)
+        assert kalm.main(run) == 2
+    said = capsys.readouterr().err
+    assert "stage 'ground': out of memory" in said and "--gradient_checkpointing true" in said
+    steps = []
+    noted = lambda self, *rest: (steps.append(self.state.global_step), step(self, *rest))[1]
+    monkeypatch.setattr(ground.GroundingTrainer, "training_step", noted)
+    assert kalm.main(run) == 0
+    assert steps == [4, 5, 6, 7]  # the checkpoint was at 4
 
 
 @pytest.mark.slow
