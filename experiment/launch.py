@@ -22,7 +22,7 @@ from data import llm
 
 CPU_WORKERS = "KALM_CPU_WORKERS"  # so many share one CPU, which is one device
 WORKER_BYTES = 1.5e9  # of a worker on a CPU beside two copies of the language model
-ALONE = ("collect", "report", "act")  # stages that one process does
+ALONE = ("report", "act")  # stages that one process does
 
 
 def workers(given: Mapping[str, str]) -> int:

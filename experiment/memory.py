@@ -4,6 +4,7 @@ The model is run forward with torch's fake tensors, which have sizes and no numb
 autograd would keep for the backward pass is counted, whatever the architecture.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -64,13 +65,12 @@ def in_words(run, settings, imagining) -> str:
         shown = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
         total = sum(parts.values()) / GB
         lines.append(f"memory: ground takes about {total:.2f} GB on each device ({shown})")
-    parameters = sum(parameter.numel() for parameter in on_meta(model_config).parameters())
-    weights = parameters * run.dtype.itemsize / GB
+    weights, _ = weight_bytes(on_meta(model_config), run.dtype, settings.load_in_4bit)
     positions = LONGEST_PROMPT + 2 * imagining.imagined_steps
     row = row_bytes(config, run.dtype.itemsize, positions) / GB
     available = free(settings.device) / GB
     lines.append(
-        f"memory: imagine takes about {weights:.2f} GB of weights and {row:.4f} GB a row, of at "
+        f"memory: imagine takes about {weights / GB:.2f} GB of weights and {row:.4f} GB a row, of at "
         f"most 256 rows that half of the free memory holds; {available:.1f} GB are free"
     )
     if settings.trains and total > available:
@@ -113,7 +113,8 @@ def of_grounding(
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_sizes(model, base_dtype, device)
         activations += saved_bytes(model, batch["input_ids"].shape, dtype, device, settings)
-    shards = settings.world_size if settings.fsdp else 1
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    shards = settings.world_size if is_sharded else 1
     copies = 1 if settings.world_size == shards else 2  # DDP's buckets hold the gradients again
     return {
         "weights": weights / shards,

@@ -46,7 +46,7 @@ def test_one_worker_a_gpu(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", [{"scale": "smoke"}, {"llm": "tiny"}, {"dry_run": "true"}, {"stage": "collect report"}]
+    "given", [{"scale": "smoke"}, {"llm": "tiny"}, {"dry_run": "true"}, {"stage": "report"}]
 )
 def test_little_work_is_done_by_one_process(machine, given):
     machine(8, 100e9)
