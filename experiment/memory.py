@@ -70,8 +70,8 @@ def in_words(run, settings, imagining) -> str:
     row = row_bytes(config, run.dtype.itemsize, positions) / GB
     available = free(settings.device) / GB
     lines.append(
-        f"memory: imagine takes about {weights / GB:.2f} GB of weights and {row:.4f} GB a row, of at "
-        f"most 256 rows that half of the free memory holds; {available:.1f} GB are free"
+        f"memory: imagine takes about {weights / GB:.2f} GB of weights and {row:.4f} GB a row, of "
+        f"at most 256 rows that half of the free memory holds; {available:.1f} GB are free"
     )
     if settings.trains and total > available:
         lines.append(f"memory: that is more than is free; what helps: {ADVICE}")
