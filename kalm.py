@@ -241,8 +241,8 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
         if PartialState().is_main_process:
             figures[level] = rollout_figures(run.world, rounds[0])
             imagined[level] = sum(rounds, [])
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures[level].items())
-            print(f"  {level:9}{shown}")
+            shown = [f"{name} {value:.3f}" for name, value in figures[level].items()]
+            print(f"  {level:9}{'  '.join(shown)}")
     if not PartialState().is_main_process:
         return
     for level in env.NOVEL_LEVELS:
@@ -326,10 +326,12 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     mine = all_trials[state.process_index :: state.num_processes]
     of_policies = [trial for trial in mine if trial.method != rl.LLM]
     won = evaluation.play(run.world, run.folder / "policies", of_policies)
-    if len(of_policies) < len(mine):
-        steps = min(settings.episode_steps, run.world.max_steps)
-        records = play_llm(run, run.load_grounded(), all_goals, starts[0], steps)
-        won.append((mine[0], np.array([record["success"] for record in records])))
+    for trial in mine:
+        if trial.method == rl.LLM:
+            steps = min(settings.episode_steps, run.world.max_steps)
+            records = play_llm(run, run.load_grounded(), all_goals, starts[0], steps)
+            outcomes = [record["success"] for record in records]
+            won.append((trial, np.array(outcomes)))
     won = dict(gather_object(won))
     if state.is_main_process:
         grounding = folder.read_json(run.folder / "grounded" / "metrics.json")

@@ -43,7 +43,9 @@ class Sequences:
         self.mask = (arrays[1] != PAD).long()
         position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.next_position = position_ids[:, -1] + 1
-        self.hidden = self._run(model.embed(*arrays), self.mask, position_ids)[:, -1]
+        embeddings = model.embed(*arrays)
+        hidden = self._run(embeddings, self.mask, position_ids)
+        self.hidden = hidden[:, -1]
 
     def __len__(self):
         return len(self.mask)
@@ -59,7 +61,8 @@ class Sequences:
         """Append one position a row. embeddings: (B, hidden), of tokens, actions or states."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
         position_ids = self.next_position[:, None]
-        self.hidden = self._run(embeddings[:, None], self.mask, position_ids)[:, -1]
+        hidden = self._run(embeddings[:, None], self.mask, position_ids)
+        self.hidden = hidden[:, -1]
         self.next_position = self.next_position + 1
 
     def feed_branches(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -87,11 +90,10 @@ class Sequences:
             return
         length = self.mask.shape[1]
         branch = length + chosen
-        for layer in self.cache.layers:  # keys, values: (B, heads, length + count, head_dim)
-            layer.keys[:, :, length] = layer.keys[rows, :, branch]
-            layer.values[:, :, length] = layer.values[rows, :, branch]
-            layer.keys = layer.keys[:, :, : length + 1]
-            layer.values = layer.values[:, :, : length + 1]
+        for layer in self.cache.layers:
+            for numbers in (layer.keys, layer.values):  # (B, heads, length + count, head_dim)
+                numbers[:, :, length] = numbers[rows, :, branch]
+            layer.crop(1 - count)  # all but the chosen one go
         self.mask = F.pad(self.mask, (0, 1), value=1)
         self.next_position = self.next_position + 1
         self.hidden = self.hidden[rows, chosen]
@@ -122,7 +124,8 @@ def tree_mask(mask: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tenso
     branches = branches.expand(len(mask), -1, -1)
     seen = torch.cat([prefix, branches], 2)
     additive = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    additive = additive.masked_fill(seen == 0, torch.finfo(dtype).min)
+    never = torch.finfo(dtype).min
+    additive = additive.masked_fill(seen == 0, never)
     return additive[:, None]
 
 
@@ -155,7 +158,8 @@ def row_bytes(backbone_config: PreTrainedConfig, number_size: int, positions: in
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * heads * head_dim * number_size * positions
+    numbers = 2 * config.num_hidden_layers * heads * head_dim
+    return numbers * number_size * positions
 
 
 def rows_that_fit(model: KalmForRollouts, positions: int, processes: int = 1) -> int:
@@ -168,4 +172,5 @@ def rows_that_fit(model: KalmForRollouts, positions: int, processes: int = 1) ->
         free, _ = torch.cuda.mem_get_info(model.device)
     else:
         free = psutil.virtual_memory().available // processes
-    return int(min(max(1, free // 2 // row_size), 256))
+    fitting = free // 2 // row_size
+    return int(min(max(1, fitting), 256))
