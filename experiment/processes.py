@@ -35,7 +35,8 @@ def in_batches(
     if shared:
         mine = shares(costs, state.num_processes)[state.process_index]
     results = []
-    for number in tqdm(mine, desc=description, disable=len(batches) < 2):
+    is_quiet = len(batches) < 2 or not state.is_main_process  # one bar is enough
+    for number in tqdm(mine, desc=description, disable=is_quiet):
         rows = batches[number]
         results += zip(rows.tolist(), work(rows))
     if shared:
