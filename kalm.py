@@ -449,7 +449,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
         arguments = ["--config", str(config), *arguments]
     defaults = lambda given: command.defaults_of(SCALES, given)
     found, given = parse(arguments, CLASSES, defaults, command.RENAMED)
-    shared, collecting, grounding, imagining, learning, _, _ = found
+    shared, collecting, grounding, imagining, learning, evaluating, _ = found
     manifest = folder.Manifest(Path(grounding.output_dir))
     seed = grounding.seed
     if acts and "learn" in manifest.stages:
@@ -467,6 +467,8 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     command.check(plan.names, world, shared, grounding, imagining, learning)
     if "collect" in plan.names and collecting.data:
         formats.read_offline(collecting.data, world, seed)
+    if "learn" in plan.names:
+        trials(learning, evaluating)  # finds checkpoints to report that would not be kept
     if "imagine" in plan.names:
         imagining.novel_goals_of(world, seed)
     dtype = command.dtype_of(grounding)

@@ -77,7 +77,7 @@ def write_account(run: Path, world: env.World, method: str, record: dict, seed: 
     folder.append_json(log, **about, **done, **said, gif=gif.name)
     first, *_, last = record["observations"]
     changes = world.change_in_words(first, last)
-    fit = "fits the goal" if explanation_fits else "does not fit the goal"
+    fit = "names what the goal names" if explanation_fits else "does not fit the goal"
     return (
         f"  {method}: {verdict_of(record)}, {len(record['actions'])} actions; changed: {changes}\n"
         f'    the LLM, asked what was done: "{record["explanation"]}" (this {fit})\n'

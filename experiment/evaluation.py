@@ -130,8 +130,8 @@ def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
     """All that is evaluated: first the LLM, then policies, the last checkpoints before others."""
     if settings.report_last > learned.last_checkpoints:
         raise ValueError(
-            f"--report_last {settings.report_last}: the policies were learned with "
-            f"--last_checkpoints {learned.last_checkpoints}; raise it and learn again"
+            f"--report_last {settings.report_last}: learning keeps --last_checkpoints "
+            f"{learned.last_checkpoints}; raise it and learn again"
         )
     found = [Trial(LLM, 0, learned.rl_steps)] if LLM in learned.method_list else []
     for step in reversed(learned.checkpoints):
@@ -198,29 +198,42 @@ class Evaluation:
         results = {"success": {}, "goals": {}, "curves": {}, "last_checkpoints": {}}
         for level, goals in self.goals.items():
             results["goals"][level] = [goal.text for goal in goals]
-            rows = self.rows(level, of_curve=False)
-            few = self.rows(level, of_curve=True)
             for method in self.learned.method_list:
-                learns = method != LLM
-                seeds = range(self.learned.seeds if learns else 1)
-                steps = self.reported_steps if learns else [self.learned.rl_steps]
-                outcomes = []
-                for seed in seeds:
-                    of_steps = [won[Trial(method, seed, step)][rows] for step in steps]
-                    outcomes.append(np.concatenate(of_steps))
-                cell = cell_of(outcomes)
-                cell["outcomes"] = ["".join(map(str, own.astype(int))) for own in outcomes]
+                cell = self.reported(won, method, level)
                 results["success"].setdefault(method, {})[level] = cell
-                if learns and len(self.learned.checkpoints) > 1:
-                    curve = []
-                    for step in self.learned.checkpoints:
-                        rates = [won[Trial(method, seed, step)][few].mean() for seed in seeds]
-                        curve.append([step, [float(rate) for rate in rates]])
-                    last = [rates for _, rates in curve[-self.learned.last_checkpoints :]]
-                    results["curves"].setdefault(method, {})[level] = curve
-                    cell = {**cell_of(np.transpose(last)), "episodes": len(few) * np.size(last)}
-                    results["last_checkpoints"].setdefault(method, {})[level] = cell
+                if method == LLM or len(self.learned.checkpoints) == 1:
+                    continue
+                curve = self.curve(won, method, level)
+                results["curves"].setdefault(method, {})[level] = curve
+                last = [rates for _, rates in curve[-self.learned.last_checkpoints :]]
+                cell = cell_of(np.transpose(last))
+                cell["episodes"] = len(self.rows(level, of_curve=True)) * np.size(last)
+                results["last_checkpoints"].setdefault(method, {})[level] = cell
         return results
+
+    def reported(self, won: Mapping[Trial, ndarray], method: str, level: str) -> dict:
+        """Success of a method at a level, with the outcome of each episode by seed."""
+        rows = self.rows(level, of_curve=False)
+        seeds, steps = range(self.learned.seeds), self.reported_steps
+        if method == LLM:
+            seeds, steps = [0], [self.learned.rl_steps]
+        outcomes = []
+        for seed in seeds:
+            of_steps = [won[Trial(method, seed, step)][rows] for step in steps]
+            outcomes.append(np.concatenate(of_steps))
+        texts = ["".join(map(str, own.astype(int))) for own in outcomes]
+        return {**cell_of(outcomes), "outcomes": texts}
+
+    def curve(self, won: Mapping[Trial, ndarray], method: str, level: str) -> list[list]:
+        """[step, rate of each seed] at every checkpoint."""
+        rows = self.rows(level, of_curve=True)
+        curve = []
+        for step in self.learned.checkpoints:
+            rates = []
+            for seed in range(self.learned.seeds):
+                rates.append(float(won[Trial(method, seed, step)][rows].mean()))
+            curve.append([step, rates])
+        return curve
 
 
 def cell_of(outcomes: Sequence[ndarray]) -> dict:

@@ -44,6 +44,7 @@ COMMANDS = {  # a command line, and what the sentence names
     "--dynamics_tolerance 0.1 --self_check no": "needs --self_check true",
     "--methods bc,cql+klam": "did you mean cql+kalm?",
     "--adapter photos": "photos holds no adapter",
+    "--report_last 3": "--report_last 3: learning keeps --last_checkpoints 2",
     "--adapter released --keep_layers 2": "--adapter released was made with keep_layers 6, and",
     f"--adapter released --env {ROOT}/docs/tiles.py:Tiles": "made with observation_dim 10, and",
     "--fresh_layers 1 --lora_rank 2": "--lora_rank 0",

@@ -296,7 +296,7 @@ def test_an_episode_and_its_judge_are_told_drawn_and_logged(world, tmp_path):
     met = {**record(world, explanation=SAID), "goal": text}
     told = episode.write_account(tmp_path, world, "bc+kalm", met, 3)
     assert "  bc+kalm: goal met, 1 actions; changed: red 0.40 m left\n" in told
-    assert f'"{SAID}" (this fits the goal)' in told
+    assert f'"{SAID}" (this names what the goal names)' in told
     lines = (tmp_path / "logs" / "act.jsonl").read_text(encoding="utf-8").splitlines()
     entry = json.loads(lines[1])
     gif = tmp_path / "act" / entry.pop("gif")
