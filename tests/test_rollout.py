@@ -300,7 +300,9 @@ def test_results_of_all_processes_come_in_the_order_of_rows(monkeypatch, count):
     shares = []
 
     def part(index, gather):
-        state = SimpleNamespace(num_processes=count, process_index=index)
+        state = SimpleNamespace(
+            num_processes=count, process_index=index, is_main_process=index == 0
+        )
         monkeypatch.setattr(processes, "PartialState", lambda: state)
         monkeypatch.setattr(processes, "gather_object", gather)
         return processes.in_batches(work, batches, [2, 3, 1], True, "")
