@@ -315,8 +315,6 @@ class ImagineArguments:
                 f"--temperatures takes numbers from 0 on with commas, got {self.temperatures!r}"
             )
         self.goals = absolute(self.goals)
-        if self.goals and not Path(self.goals).is_file():
-            raise ValueError(f"--goals {self.goals}: no such file")
 
     def inputs(self) -> dict[str, str]:
         """A goals file counts by its content."""
@@ -325,6 +323,8 @@ class ImagineArguments:
     def novel_goals_of(self, world: env.World, seed: int) -> dict[str, list[env.Goal]]:
         """The novel goals by level, from the file or built in. Raises ValueError for bad ones."""
         if self.goals:
+            if not Path(self.goals).is_file():
+                raise ValueError(f"--goals {self.goals}: no such file")
             goals = env.by_level(env.read_goals(self.goals, world))
             if "offline" in goals:
                 raise ValueError(

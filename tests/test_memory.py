@@ -1,6 +1,7 @@
 """Memory: the estimate of a plan beside what grounding took, and what a launch starts."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -82,11 +83,14 @@ def test_out_of_memory_says_what_helps_and_the_run_goes_on(tmp_path, monkeypatch
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("width, layers", [(256, 6), (512, 8)])
 def test_the_estimate_is_near_what_grounding_takes(tmp_path, width, layers):
-    for lora_rank, error in ((0, 0.15), (32, 0.3)):  # with LoRA a fifth is missing
+    # What the estimate counts is tensors. glibc would keep some of what was freed, for later.
+    gives_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    for lora_rank in (0, 32):
         options = ("--lora_rank", lora_rank)
         script = [sys.executable, ROOT / "tests" / "peak_memory.py", tmp_path, width, layers]
         command = [*map(str, (*script, *options, "--per_device_train_batch_size", 24))]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
+        output = {"capture_output": True, "encoding": "utf-8"}
+        done = subprocess.run(command, **output, timeout=600, env=gives_back)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.rpartition("FOUND")[2])
-        assert found["estimate"] == pytest.approx(found["measured"], rel=error), found
+        assert found["estimate"] == pytest.approx(found["measured"], rel=0.15), found

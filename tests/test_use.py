@@ -105,20 +105,23 @@ def test_act_plays_a_typed_goal_by_policy_and_llm_and_tells_what_happened(run, c
     assert {path: after[path] for path in before} == before  # what stages made or left stays
 
 
-def test_act_and_report_need_neither_the_data_nor_the_adapter_of_a_run(smoke_run, tmp_path, capsys):
+def test_act_and_report_need_no_file_that_earlier_stages_read(smoke_run, tmp_path, capsys):
+    goals = shutil.copy(smoke_run / "goals.jsonl", tmp_path)
     data = shutil.copytree(smoke_run / "rollouts" / "real", tmp_path / "data")
     base, run = tmp_path / "base", tmp_path / "run"
     assert smoke(base, "--stage", "collect", "ground", "--lora_rank", 2) == 0
     adapter = shutil.copytree(base / "grounded", tmp_path / "adapter")
     options = ("--methods", "bc,llm", "--rl_steps", 5, "--adapter", adapter, "--data", data)
-    assert smoke(run, *options) == 0
+    assert smoke(run, *options, "--goals", goals) == 0
+    os.remove(goals)
     for path in (data, adapter):
         shutil.rmtree(path)
     assert act(run, "put the red ball left of the blue one") == 0
     config = ("--config", run / "config.yaml", "--output_dir", run, "--force")
     assert kalm.main([*config, "--stage", "evaluate", "report"]) == 0
     capsys.readouterr()
-    for stage, path in (("collect", data), ("ground", adapter)):  # these read them
+    read = {"collect": data, "ground": adapter, "imagine": goals}
+    for stage, path in read.items():
         assert kalm.main([*config, "--stage", stage]) == 2
         assert str(path) in capsys.readouterr().err
 
