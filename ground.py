@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import env
 from data import finite
 from data.grounded import adapter_hash
+from experiment import folder
 from experiment.launch import cpu_workers
 from experiment.logs import LogLines, last_checkpoint
 from experiment.settings import absolute, at_least, setting
@@ -76,6 +77,8 @@ class GroundingArguments(transformers.TrainingArguments):
         self.per_device_train_batch_size //= cpu_workers()  # which are one device together
         self.remove_unused_columns = False  # examples are what the model takes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.deepspeed:
+            check_deepspeed(self.deepspeed)
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # without a launcher one GPU works, not DataParallel
         at_least(0, self, "keep_layers", "fresh_layers", "lora_rank", "num_train_epochs", "seed")
@@ -128,6 +131,15 @@ class GroundingArguments(transformers.TrainingArguments):
     def inputs(self) -> dict[str, list[str]]:
         """An adapter counts by its weights."""
         return {"adapter": adapter_hash(self.adapter)} if self.adapter != "none" else {}
+
+
+def check_deepspeed(path: str) -> None:
+    """Raise ValueError for a configuration of DeepSpeed that grounding cannot use."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed needs the package: pip install deepspeed")
+    stage = folder.read_json(Path(path)).get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:  # it takes the LLM's weights apart before ours are beside them
+        raise ValueError(f"--deepspeed {path}: give stage 1 or 2 of ZeRO, or use configs/fsdp.yaml")
 
 
 # What the result follows from; other settings say where and how to compute, save and show.
@@ -214,7 +226,7 @@ class GroundingTrainer(transformers.Trainer):
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         step = f"grounding, step {self.state.global_step + 1}"
-        finite.check(step, {"norm of the gradient": norm})
+        finite.check(step, {"norm of the gradient": torch.as_tensor(norm)})  # DeepSpeed's: a float
         return norm
 
     def log(self, logs: dict, *args, **kwargs) -> None:

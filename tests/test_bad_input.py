@@ -281,6 +281,8 @@ def test_a_model_folder_never_runs_its_code(tmp_path, monkeypatch, world):
 def test_from_a_shell_bad_input_shows_one_line_and_traceback_the_rest(tmp_path):
     done = run_kalm("--stage", "dream", "--output_dir", tmp_path / "run")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("kalm: ") and done.stderr.count("\n") == 1
+    lines = done.stderr.splitlines()
+    (said,) = [line for line in lines if "kernels-community" not in line]  # bitsandbytes' own
+    assert said.startswith("kalm: ")
     with pytest.raises(ValueError):
         kalm.main(["--stage", "dream", "--output_dir", tmp_path / "run", "--traceback"])

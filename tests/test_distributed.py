@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 STEPS = "--scale smoke --stage collect ground --max_steps 5 --logging_steps 1 --save_steps 2"
-STEPS += " --eval_strategy no"
+STEPS += " --eval_strategy no --bf16 false"
 
 
 def ground_in(run, *options, way=None, stop_at=0, stage=None):
@@ -81,6 +81,23 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(
         torch.testing.assert_close(weights(killed)[name], weight, rtol=0, atol=0)
 
 
+def test_deepspeed_trains_as_one_process_and_goes_on_after_a_kill(llms, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    config = {**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": 2}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    options = ("--llm", llms["tied"], "--lora_rank", 0, "--keep_layers", 0)
+    sharded = (*options, "--deepspeed", tmp_path / "zero.json")
+    alone, whole, killed = tmp_path / "alone", tmp_path / "whole", tmp_path / "killed"
+    ground_in(alone, *options)
+    ground_in(whole, *sharded, way="ddp")
+    assert ground_in(killed, *sharded, way="ddp", stop_at=4) != 0
+    ground_in(killed, *sharded, way="ddp")
+    np.testing.assert_allclose(losses(whole), losses(alone), rtol=1e-3)
+    assert losses(killed) == losses(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("embeddings", ("tied", "untied"))
 def test_all_stages_pass_with_sharded_grounding(llms, tmp_path, embeddings):
@@ -107,14 +124,8 @@ def test_shipped_configurations_are_what_accelerate_takes(name, kind):
 
 def test_the_settings_for_one_small_card_ground_in_4_bits(llms, tmp_path):
     pytest.importorskip("bitsandbytes")
-    options = (
-        "--config",
-        ROOT / "configs" / "24gb.yaml",
-        "--llm",
-        llms["untied"],
-        "--bf16",
-        "true",
-    )
+    settings = ("--config", ROOT / "configs" / "24gb.yaml")
+    options = (*settings, "--llm", llms["untied"], "--bf16", "true")
     ground_in(tmp_path / "run", *options, "--keep_layers", 0, "--max_steps", 2)
     record = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["ground"]
     settings = record["settings"]

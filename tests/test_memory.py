@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, grounding_settings
+from safetensors.torch import load_file
 
 import ground
 import kalm
@@ -77,6 +78,24 @@ def test_out_of_memory_says_what_helps_and_the_run_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(ground.GroundingTrainer, "training_step", noted)
     assert kalm.main(run) == 0
     assert steps == [4, 5, 6, 7]  # the checkpoint was at 4
+
+
+def test_a_checkpoint_with_lora_holds_what_was_trained_and_its_optimizer(tmp_path, monkeypatch):
+    step = ground.GroundingTrainer.training_step
+
+    def stopping(self, *arguments, **options):
+        if self.state.global_step == 5:
+            raise OSError("the power went")
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(ground.GroundingTrainer, "training_step", stopping)
+    run = ("--scale", "smoke", "--output_dir", tmp_path, "--stage", "collect", "ground")
+    assert kalm.main([*run, "--lora_rank", "64"]) == 2
+    (checkpoint,) = tmp_path.rglob("checkpoint-*")
+    trained = sum(weight.nbytes for weight in load_file(checkpoint / "model.safetensors").values())
+    files = [file for file in checkpoint.iterdir() if file.suffix != ".json"]  # settings, tokenizer
+    size = sum(file.stat().st_size for file in files)
+    assert 3 * trained <= size < 1.1 * 3 * trained  # AdamW has two more numbers for each
 
 
 @pytest.mark.slow
