@@ -1,5 +1,4 @@
-"""KALM's grounded language model: any causal LM of transformers, with eyes (state embedding) and
-hands (action heads).
+"""KALM's grounded language model: a causal LM with eyes (state embedding) and hands (action head).
 
 One sequence mixes text tokens, states and actions. Each modality has its own embedding into the
 LM's hidden size and its own output head; the head at a position predicts what comes next (paper,
@@ -474,9 +473,10 @@ class KalmForRollouts(PreTrainedModel):
     @torch.no_grad()
     def merge_adapters(self) -> "KalmForRollouts":
         """Add LoRA's products to the weights that they adapt, and drop it: the same, faster."""
-        for name, module in [*self.backbone.named_modules()]:
+        for name, module in reversed([*self.backbone.named_modules()]):  # one may wrap another
             if hasattr(module, "lora_A"):
-                weight = module.base_layer.weight
+                is_of_experts = hasattr(module, "get_param")
+                weight = module.get_param() if is_of_experts else module.base_layer.weight
                 product = module.get_delta_weight("default")  # float32: rounded once, in the sum
                 weight.copy_(weight.float() + product)
                 self.backbone.set_submodule(name, module.base_layer)

@@ -234,8 +234,13 @@ def load(
         give_back_freed(2**20)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+    options |= {"trust_remote_code": False, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(name, **options)
     transformers.logging.set_verbosity(level)
+    random = [*found["missing_keys"], *found["mismatched_keys"]]
+    if random:
+        lacks = f"{name}: the file of weights lacks {min(map(str, random))}"
+        raise ValueError(f"{lacks}, of which random ones would come; fetch this model again")
     if in_4bit:
         give_back_freed(2**25)  # glibc's most: training frees and takes the same blocks again
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -147,7 +147,8 @@ def in_words(error: Exception) -> str:
 # ----------------------------------------------------------------------------------------------
 # Questions: how far outputs are off, as a share of their spread
 
-OBSERVATION, ACTIONS, OBJECTS = 4, 6, 2  # of a world that there is not
+OBSERVATION, ACTIONS = 4, 6  # of a world that there is not
+SIZES = {"observation_dim": OBSERVATION, "num_actions": ACTIONS, "objects": 2}
 GOALS = {"a goal in many words": (9, 6), "a goal": (4, 7)}  # and actions of its rollouts
 FED = 4  # positions fed one by one
 
@@ -174,8 +175,7 @@ def words() -> torch.Tensor:
 def begin_trial(llm: PreTrainedModel) -> Trial:
     """Wrap a small LLM, and run all rollouts alone."""
     own_logits = llm(input_ids=words()).logits
-    sizes = {"observation_dim": OBSERVATION, "num_actions": ACTIONS, "objects": OBJECTS}
-    model = KalmForRollouts.from_llm(llm, **sizes).eval()
+    model = KalmForRollouts.from_llm(llm, **SIZES).eval()
     rng = np.random.default_rng(0)
     world = SimpleNamespace(observation_dim=OBSERVATION)
     examples = []
@@ -296,12 +296,27 @@ def saving(trial: Trial) -> float:
     return 0.0
 
 
+def adapters(trial: Trial) -> float:
+    """LoRA that is new, against none; then merged into the weights, against beside them."""
+    llm = trial.model.backbone
+    model = KalmForRollouts.from_llm(llm, lora_rank=2, **SIZES).eval()
+    sequence = trial.sequences[0]
+    new = gap(whole(model, sequence), 0, slice(None), trial.alone[0], slice(None))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    beside = whole(model, sequence)
+    merged = whole(model.merge_adapters(), sequence)
+    return max(new, gap(merged, 0, slice(None), beside, slice(None)))
+
+
 QUESTIONS: dict[str, Callable[[Trial], float]] = {
     "a later position": later_positions,
     "its output layer alone, for words,": word_logits,
     "packing rollouts in a row": packing,
     "a key-value cache": caching,
     "saving and loading": saving,
+    "LoRA": adapters,  # the last, since it changes the LLM
 }
 
 

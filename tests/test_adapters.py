@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import tiny_llm
 from safetensors.torch import load_file, save_file
-from test_model import TINY_LLMS, hand_batch, outputs
+from test_model import GROUPED, TINY_LLMS, hand_batch, outputs
 
 import env
 from data import llm
@@ -52,11 +52,12 @@ def test_lora_is_all_that_trains_in_the_backbone_with_the_rank_and_layers_asked_
     assert layer.lora_A.default.weight.shape[0] == 3 and layer.scaling["default"] == 9 / 3
 
 
-@pytest.mark.parametrize("name", ("llama", "gpt2", "gemma3"))
+@pytest.mark.parametrize("name", ("llama", "gpt2", "gemma3", "mixtral"))
 def test_merged_lora_is_the_same_function_and_leaves_no_trace(tmp_path, name):
     torch.manual_seed(0)
-    language_model = transformers.AutoModelForCausalLM.from_config(TINY_LLMS[name]())
-    model = with_lora(language_model)
+    experts = transformers.MixtralConfig(**GROUPED, num_local_experts=4)
+    config = experts if name == "mixtral" else TINY_LLMS[name]()
+    model = with_lora(transformers.AutoModelForCausalLM.from_config(config))
     before = outputs(model, hand_batch())
     assert not [m for m in model.merge_adapters().modules() if hasattr(m, "lora_A")]
     for a, b in zip(before, outputs(model, hand_batch())):

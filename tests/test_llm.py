@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, expert_rollouts, new_model, tiny_llm
+from safetensors.torch import load_file, save_file
 from test_model import TINY_LLMS
 
 import env
@@ -248,6 +249,18 @@ def test_an_unknown_llm_is_refused_by_name(monkeypatch, tmp_path, offline):
     for name in ("nosuchmodel", str(tmp_path)):  # no folder, and a folder without a model
         with pytest.raises(ValueError, match=name):
             llm.resolve(name)
+
+
+def test_a_folder_whose_weights_lack_one_is_refused_unless_that_is_cut(world, tmp_path):
+    model, tokenizer = tiny_llm(world)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks model.layers.1.mlp.up_proj.weight"):
+        llm.load(str(tmp_path))
+    llm.load(str(tmp_path), keep_layers=1)
 
 
 def test_a_folder_without_weights_and_a_config_of_nothing_known_are_refused(tmp_path, world):
