@@ -194,23 +194,3 @@ def check_adapter(settings: GroundingArguments, world: env.World) -> None:
             raise ValueError(
                 f"{made}, and this command has {ours[size]}; --adapter none trains one"
             )
-
-
-def minutes(
-    run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
-) -> dict[str, float]:
-    """About how long the long stages take on two quiet CPU cores with SmolLM2, if known."""
-    layers = (ground.keep_layers or 30) if run.llm != llm.TINY else 0.1
-    examples = ground.train_batch_size * ground.gradient_accumulation_steps
-    later_rounds = len(imagine.rounds) - 1
-    actions = imagine.starts_per_goal * imagine.imagined_steps * (1 + later_rounds / 2)
-    actions += imagine.step_starts * (1 + later_rounds * imagine.step_candidates / 60)
-    rows = learn.rl_steps * learn.rl_batch * learn.seeds * len(learn.learned_methods)
-    seconds = {
-        "ground": 20 + 4e-3 * layers * examples * max(ground.max_steps, 0),
-        "imagine": 4.4e-4 * layers * imagine.novel_goals * actions,
-        "learn": 15 + 6.7e-6 * rows,
-    }
-    if ground.trains and ground.max_steps <= 0:
-        del seconds["ground"]  # the data say how many steps a pass has
-    return {} if torch.cuda.is_available() else {k: v / 60 for k, v in seconds.items()}

@@ -108,20 +108,17 @@ class Plan:
             following.extend(needed)
         return [name for name in self.stages if name in found and name not in self.names]
 
-    def in_words(self, todo: Sequence[str], minutes: Mapping[str, float]) -> str:
+    def in_words(self, todo: Sequence[str]) -> str:
         """What will happen: a paragraph a stage."""
         columns = min(max(shutil.get_terminal_size().columns, 80), 120) - 1
         paragraphs = []
         for name in self.names:
             recorded = self.record(name)["settings"].items()
             settings = [f"{key} {value}" for key, value in recorded if value != ""]
-            status = "done before" if name not in todo else ""
-            if not status and name in minutes:
-                status = f"~{max(1, round(minutes[name]))} min"
+            status = "" if name in todo else "done before"
             text = f"  {name:9} {status:12} {', '.join(settings)}"
             options = {"break_long_words": False, "break_on_hyphens": False}
-            lines = textwrap.fill(text, columns, subsequent_indent=" " * 25, **options)
-            paragraphs.append(lines)
+            paragraphs.append(textwrap.fill(text, columns, subsequent_indent=" " * 25, **options))
         return "\n".join(paragraphs)
 
 
