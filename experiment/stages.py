@@ -101,11 +101,9 @@ class Plan:
     def upstream(self) -> list[str]:
         """Stages whose output those of this command follow from, directly or not, in order."""
         found = set()
-        following = list(self.names)
-        while following:
-            needed = self.stages[following.pop()].reads
-            found.update(needed)
-            following.extend(needed)
+        for name in reversed(self.stages):  # what one reads comes before it
+            if name in self.names or name in found:
+                found.update(self.stages[name].reads)
         return [name for name in self.stages if name in found and name not in self.names]
 
     def in_words(self, todo: Sequence[str]) -> str:
