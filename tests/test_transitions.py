@@ -154,5 +154,3 @@ def test_a_goal_added_to_a_table_is_encoded_as_if_it_had_been_there():
     added = GoalTable.encode(SENTENCES[:9], [], *encoder).with_text(SENTENCES[-1], *encoder)
     assert added.index == together.index
     torch.testing.assert_close(added.table, together.table, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="--stage learn"):
-        GoalTable(["a"], torch.zeros(1, 64)).with_text("b", *encoder)
