@@ -57,7 +57,7 @@ def check(name: str, goals: Sequence[str], steps: int, keep_layers: int = 0) -> 
     config = llm_source.cut(llm_source.read_config(name), keep_layers)
     try:
         check_files(name, config)
-        tokenizer = load_tokenizer(name)
+        tokenizer = llm_source.load_tokenizer(name)
         check_tokenizer(tokenizer, config)
         length = longest_example(tokenizer, goals, steps)
         check_length(config, length)
@@ -70,7 +70,7 @@ def check_encoder(name: str) -> None:
     """Raise ValueError unless a resolved model turns texts into hidden states."""
     try:
         config = llm_source.read_config(name)
-        tokenizer = load_tokenizer(name)
+        tokenizer = llm_source.load_tokenizer(name)
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
             raise ValueError("its tokenizer has neither a pad nor an end token")
         encoder = small_model(AutoModel, config, length=0)
@@ -101,17 +101,6 @@ def check_files(name: str, config: PreTrainedConfig) -> None:
                 pass
         except Exception as error:
             raise ValueError(f"{file.name} is damaged or missing ({in_words(error)})") from None
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a resolved LLM. Raises ValueError if it has none."""
-    try:
-        if llm_source.is_gguf(name):
-            file = Path(name)
-            return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"it has no tokenizer that can be read ({in_words(error)})") from None
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
