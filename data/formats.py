@@ -110,7 +110,8 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     arrays, is_completed = _arrays(recording, world)
     imagined = goal.level != "offline" and "states" not in arrays  # physics would have them
     seen, actions = arrays["observations"], arrays["actions"]
-    encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
+    encoded = world.encode_goals([goal])
+    encoded = np.repeat(encoded, len(actions), 0)
     met = world.success(encoded, seen[:-1], seen[1:], actions, imagined)
     surplus = 0  # steps after the goal was met
     if met.any():
