@@ -158,12 +158,9 @@ def do_run(runs: Path, name: str, processes: int = 1) -> None:
         source = folder_of(runs, parent)
         if not run.exists() or is_stale(run, source, stages):
             copy_run(source, run)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
-    command += [str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages]
-    subprocess.run([*command, "--output_dir", str(run)], check=True)
+    command = [sys.executable, str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages]
+    command += ["--processes", str(processes), "--output_dir", str(run)]
+    subprocess.run(command, check=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -330,9 +327,7 @@ def ablations(runs: Path) -> list[dict]:
 
 
 def show_ablations(runs: Path, options: list[str]) -> int:
-    """The tables of ablations -> report.html of the main run, which has these options. Returns the
-    exit code.
-    """
+    """The tables of ablations -> report.html of the main run. Returns the exit code."""
     main_run = folder_of(runs, "main")
     folder.write_json(main_run / "ablations.json", ablations(runs))
     return kalm.main([*options, "--stage", "report", "--force", "--output_dir", str(main_run)])

@@ -58,10 +58,10 @@ class RunArguments:
 
     def names(self, known: Mapping) -> list[str]:
         """The stages to run, in the order of the known ones, of which `act` is the last."""
+        allowed = (*known, "all")
         for name in self.stage:
-            if name not in (*known, "all"):
-                stages = ", ".join((*known, "all"))
-                raise ValueError(f"unknown stage {name!r}; stages are {stages}")
+            if name not in allowed:
+                raise ValueError(f"unknown stage {name!r}; stages are {', '.join(allowed)}")
         if "all" in self.stage:
             return list(known)[:-1]
         return [name for name in known if name in self.stage]

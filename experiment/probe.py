@@ -58,9 +58,8 @@ def check(name: str, goals: Sequence[str], steps: int, keep_layers: int = 0) -> 
     try:
         check_files(name, config)
         tokenizer = llm_source.load_tokenizer(name)
-        check_tokenizer(tokenizer, config)
         length = longest_example(tokenizer, goals, steps)
-        check_length(config, length)
+        check_sizes(tokenizer, config, length)
         check_exact(config, length)
     except ValueError as error:
         raise ValueError(f"--llm {name} ({config.model_type}): {error}; {ADVICE}") from None
@@ -103,15 +102,6 @@ def check_files(name: str, config: PreTrainedConfig) -> None:
             raise ValueError(f"{file.name} is damaged or missing ({in_words(error)})") from None
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
-    """Raise ValueError for a tokenizer without an end token, or with more tokens than the LLM."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer has no end token (eos_token), which explanations need")
-    embedded = config.get_text_config().vocab_size
-    if len(tokenizer) > embedded:
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, and the LLM {embedded}")
-
-
 def longest_example(tokenizer: Tokenizer, goals: Sequence[str], steps: int) -> int:
     """Positions of the longest example: a goal or its explanation, and a rollout of `steps`."""
     longest = max(goals, key=len)
@@ -120,8 +110,15 @@ def longest_example(tokenizer: Tokenizer, goals: Sequence[str], steps: int) -> i
     return max(with_goal, explained) + 2 * steps + 1
 
 
-def check_length(config: PreTrainedConfig, length: int) -> None:
-    """Raise ValueError if an LLM has fewer positions than the longest example."""
+def check_sizes(tokenizer: Tokenizer, config: PreTrainedConfig, length: int) -> None:
+    """Raise ValueError for a tokenizer without an end token, or with more tokens than the LLM, or
+    an LLM with fewer positions than the longest example.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no end token (eos_token), which explanations need")
+    embedded = config.get_text_config().vocab_size
+    if len(tokenizer) > embedded:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, and the LLM {embedded}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and positions < length:
         raise ValueError(f"the longest example takes {length} positions, and it has {positions}")
@@ -139,6 +136,7 @@ def in_words(error: Exception) -> str:
 OBSERVATION, ACTIONS, OBJECTS = 4, 6, 2  # of a world that there is not
 GOALS = {"a goal in many words": (9, 6), "a goal": (4, 7)}  # and actions of its rollouts
 FED = 4  # positions fed one by one
+WORDS = torch.arange(21, 301, 7)[None]  # token ids of a text (1, 40)
 
 
 @dataclass(frozen=True)
@@ -149,20 +147,15 @@ class Trial:
     """
 
     model: KalmForRollouts
-    own_logits: torch.Tensor  # of the LLM for `words`, before it was wrapped
+    own_logits: torch.Tensor  # of the LLM for WORDS, before it was wrapped
     examples: list[dict[str, np.ndarray]]
     sequences: list[list[Position]]
     alone: list[KalmOutput]
 
 
-def words() -> torch.Tensor:
-    """Token ids of a text (1, 40)."""
-    return torch.arange(3, 43)[None] * 7
-
-
 def begin_trial(llm: PreTrainedModel) -> Trial:
     """Wrap a small LLM, and run all rollouts alone."""
-    own_logits = llm(input_ids=words()).logits
+    own_logits = llm(input_ids=WORDS).logits
     sizes = {"observation_dim": OBSERVATION, "num_actions": ACTIONS, "objects": OBJECTS}
     model = KalmForRollouts.from_llm(llm, **sizes).eval()
     rng = np.random.default_rng(0)
@@ -225,10 +218,9 @@ def later_positions(trial: Trial) -> float:
 
 def word_logits(trial: Trial) -> float:
     """A text through the grounded model, against the LLM."""
-    ids = words()
-    no_states = torch.zeros(*ids.shape, OBSERVATION)
-    modality = torch.full_like(ids, TEXT)
-    logits = trial.model(ids, modality, no_states, text_logits=None).logits
+    no_states = torch.zeros(*WORDS.shape, OBSERVATION)
+    modality = torch.full_like(WORDS, TEXT)
+    logits = trial.model(WORDS, modality, no_states, text_logits=None).logits
     return distance(logits, trial.own_logits, trial.own_logits.std())
 
 
