@@ -196,11 +196,10 @@ class Buffer:
 
 def _transitions(record, goal_row):
     """The transitions of a rollout record: arrays (T, ...)."""
-    steps = len(record["actions"])
     observations = record["observations"]
     return Batch(
         obs=observations[:-1],
-        goal=np.full(steps, goal_row),
+        goal=np.full(len(record["actions"]), goal_row),
         action=record["actions"],
         reward=record["rewards"],
         next_obs=observations[1:],

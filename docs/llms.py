@@ -82,6 +82,7 @@ def verdict(model_type: str, overrides: dict) -> tuple[str, str, float]:
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     rows = [(name, "", OVERRIDES.get(name, {})) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     rows = sorted([*rows, *VARIANTS], key=lambda row: row[:2])

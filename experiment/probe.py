@@ -292,24 +292,24 @@ def check_exact(config: PreTrainedConfig, length: int) -> None:
 
     length: positions of the longest example.
     """
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # of the small LLM nobody needs to hear
-    transformers.logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            ask_all(config, length)
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
-
-
-def ask_all(config: PreTrainedConfig, length: int) -> None:
-    """Raise ValueError at the first question whose answer is wrong, or an error."""
     if is_recurrent(config):
         raise ValueError(
             "it has recurrent or convolution layers, which mix rollouts packed in a row"
         )
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # of the small LLM nobody needs to hear
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            problem = first_problem(config, length)
+    finally:
+        transformers.logging.set_verbosity(level)
+    if problem:
+        raise ValueError(problem + shorter_window(config, length))
+
+
+def first_problem(config: PreTrainedConfig, length: int) -> str:
+    """The first question whose answer is wrong, or an error, in words; "" if there is none."""
     asked = "making it small"
     try:
         llm = small_model(AutoModelForCausalLM, config, length)
@@ -319,13 +319,10 @@ def ask_all(config: PreTrainedConfig, length: int) -> None:
             share = question(trial)
             tolerance = WORD_TOLERANCE if question is word_logits else TOLERANCE
             if share > tolerance:
-                problem = f"{asked} changes its outputs, by {share:.2g} of their spread"
-                break
-        else:
-            return
+                return f"{asked} changes its outputs, by {share:.2g} of their spread"
     except Exception as error:  # whatever odd models raise
-        problem = f"{asked} fails ({in_words(error)})"
-    raise ValueError(problem + shorter_window(config, length))
+        return f"{asked} fails ({in_words(error)})"
+    return ""
 
 
 def is_recurrent(config: PreTrainedConfig) -> bool:
