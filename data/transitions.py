@@ -108,11 +108,8 @@ class GoalTable:
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Encodings of known texts: (len(texts), hidden)."""
-        return self.table[self.rows(texts)]
-
-    def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """Rows of the table for texts: (len(texts),) int64."""
-        return np.array([self.index[text] for text in texts])
+        rows = [self.index[text] for text in texts]
+        return self.table[rows]
 
     def save(self, path: str | Path) -> None:
         """A safetensors file; the texts are its metadata, as JSON."""

@@ -147,6 +147,8 @@ def check(
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
         filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
         raise ValueError(f"{filters} needs --self_check true")
+    if ground.load_in_4bit and llm.is_gguf(run.llm):
+        raise ValueError("--load_in_4bit takes a folder or a Hub name as --llm, no GGUF file")
     if "ground" in names and ground.adapter != "none":
         check_adapter(ground, world)
     if learn.encoder != "llm":

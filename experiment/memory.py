@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 import env
 from data import llm
-from data.grounded import LORA_SETTINGS
+from data.grounded import model_options
 from model import STATE, TEXT, KalmConfig, KalmForRollouts
 from sequences import row_bytes
 from tasks import GroundingExamples, Tokenizer, pack
@@ -54,11 +54,8 @@ def in_words(run, settings, imagining) -> str:
     if llm.must_be_fetched(run.llm):
         return f"memory: known once {run.llm} is fetched"
     config, tokenizer = run.llm_without_weights(settings.keep_layers)
-    world = run.world
-    sizes = {name: getattr(world, name) for name in ("observation_dim", "num_actions", "objects")}
-    lora = {name: getattr(settings, name) for name in LORA_SETTINGS}
-    model_config = KalmConfig(backbone_config=config, **sizes, **lora)
-    batch = sample_batch(world, tokenizer, settings)
+    model_config = KalmConfig(backbone_config=config, **model_options(run.world, settings))
+    batch = sample_batch(run.world, tokenizer, settings)
     lines = []
     if settings.trains:
         parts = of_grounding(model_config, batch, settings, run.dtype)

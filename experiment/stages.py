@@ -119,10 +119,10 @@ class Plan:
         for name in self.names:
             recorded = self.record(name)["settings"].items()
             settings = [f"{key} {value}" for key, value in recorded if value != ""]
-            status = "" if name in todo else "done before"
-            text = f"  {name:9} {status:12} {', '.join(settings)}"
+            status = "" if name in todo else "(done before)  "
+            text = f"  {name:9} {status}{', '.join(settings)}"
             options = {"break_long_words": False, "break_on_hyphens": False}
-            paragraphs.append(textwrap.fill(text, columns, subsequent_indent=" " * 25, **options))
+            paragraphs.append(textwrap.fill(text, columns, subsequent_indent=" " * 12, **options))
         return "\n".join(paragraphs)
 
 

@@ -116,7 +116,7 @@ def test_a_goal_table_is_standardised_by_its_training_texts_and_survives_the_dis
     model, tokenizer = llm.tiny(SENTENCES)
     training, novel = SENTENCES[:12], SENTENCES[9:]
     table = GoalTable.encode(training * 2, novel, model.base_model, tokenizer)
-    known = table.table[table.rows(training)]
+    known = table.of_texts(training)
     np.testing.assert_allclose(known.mean(0), np.zeros(64), atol=1e-4)
     np.testing.assert_allclose(known.std(0), np.ones(64), atol=1e-2)
     table.save(tmp_path / "goals.safetensors")
