@@ -476,7 +476,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     todo = plan.to_do()
     command.check_llm(shared, grounding, imagining, world, todo)
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
-    run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))
+    run.say(plan.in_words(todo))
     if shared.dry_run:
         run.say(memory.in_words(run, grounding, imagining))
         return

@@ -30,29 +30,24 @@ def read(path: str | Path, world: env.World, seed: int = 0) -> tuple[list[dict],
 
     seed: draws one of several instructions. Raises ValueError that names file, row and field.
     """
-    found = _recordings(Path(path), world, seed)
     notes = Counter()
     records = []
-    while True:
-        with rollouts.naming(f"{path}, row {len(records)}"):
-            recording = next(found, None)
-            if recording is None:
-                break
+    found = _recordings(Path(path), world, seed)
+    with rollouts.naming(lambda: f"{path}, row {len(records)}"):
+        for recording in found:
             record, row_notes = judged(recording, world)
-        records.append(record)
-        notes.update(row_notes)
+            records.append(record)
+            notes.update(row_notes)
     return records, notes
 
 
 def _recordings(path, world, seed):
-    """An iterator over what a file or folder holds. Raises ValueError that names the file."""
-    if (path / "state.json").is_file() or (path / "dataset_info.json").is_file():
-        return iter(rollouts.read_rollouts(path, world, with_states=True))
+    """What a file or folder holds. Raises ValueError that names the file."""
+    if (path / "state.json").is_file():
+        return rollouts.read_rollouts(path, world, with_states=True)
     with rollouts.naming(path):
         if path.is_dir():
             return minari_io.recordings_of(path)
-        if path.suffix.lower() not in recordings.READERS:
-            raise ValueError(f"give a folder or a file of {', '.join(recordings.READERS)}")
         return recordings.recordings_of(path, seed)
 
 
@@ -74,12 +69,15 @@ def read_offline(path: str | Path, world: env.World, seed: int = 0) -> tuple[lis
     said = f"{len(kept)} of {len(records)} rollouts of {path} fulfil their goal"
     if len(kept) < LEAST:
         raise ValueError(f"{path}: {said}; at least {LEAST} are needed")
-    notes_said = [NOTES[note].format(count) for note, count in sorted(notes.items())]
-    return kept, "; ".join([f"{said} and are kept", *notes_said])
+    sentences = [f"{said} and are kept"]
+    for note, count in sorted(notes.items()):
+        sentences.append(NOTES[note].format(count))
+    return kept, "; ".join(sentences)
 
 
 def _check_offline(record, world, kinds):
-    level, kind, steps = record["level"], record["kind"], len(record["actions"])
+    level, kind = record["level"], record["kind"]
+    steps = len(record["actions"])
     if level != "offline" or kind not in kinds:
         raise ValueError(f"level {level!r}, kind {kind!r} is not offline; see --goals")
     if steps > world.max_steps:
@@ -90,11 +88,15 @@ def _check_offline(record, world, kinds):
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's. Raises ValueError if none."""
-    files = sorted(file for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
+    found = [Path(path), *Path(path).rglob("*")]
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(f"{path}: no such file or folder, or nothing in it")
-    sums = [f"{file.relative_to(path).as_posix()}\0{folder.sha256(file)}\0" for file in files]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        digest.update(f"{name}\0{folder.sha256(file)}\0".encode())
+    return digest.hexdigest()
 
 
 def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
@@ -106,21 +108,30 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
     """
     goal = _goal(recording, world)
     arrays, is_completed = _arrays(recording, world)
-    seen, actions = arrays["observations"], arrays["actions"]
     imagined = goal.level != "offline" and "states" not in arrays  # physics would have them
-    encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
+    seen, actions = arrays["observations"], arrays["actions"]
+    encoded = world.encode_goals([goal])
+    encoded = np.repeat(encoded, len(actions), 0)
     met = world.success(encoded, seen[:-1], seen[1:], actions, imagined)
-    surplus = len(met) - 1 - int(met.argmax()) if met.any() else 0  # steps after the goal was met
-    arrays["met"] = met
-    arrays = {name: values[: len(values) - surplus] for name, values in arrays.items()}
-    seen, actions, met = arrays["observations"], arrays["actions"], arrays["met"]
-    record = env.rollout_record(world, goal, seen, actions, arrays.get("states"), imagined)
-    record["dynamics_error"] = arrays.get("dynamics_error")
+    surplus = 0  # steps after the goal was met
+    if met.any():
+        surplus = len(met) - 1 - int(met.argmax())
+    kept = {name: values[: len(values) - surplus] for name, values in arrays.items()}
+    seen, actions = kept["observations"], kept["actions"]
+    record = env.rollout_record(world, goal, seen, actions, kept.get("states"), imagined)
+    record["dynamics_error"] = kept.get("dynamics_error")
     record["explanation"] = recording.get("explanation") or None
-    differences = np.abs(arrays.get("rewards", record["rewards"]) - record["rewards"])
-    is_other = (differences > REWARD_TOLERANCE) | ((arrays.get("terminals", met) != 0) != met)
-    in_order = (surplus > 0, is_other.any(), is_completed and surplus == 0)
-    return record, [note for note, is_true in zip(NOTES, in_order) if is_true]
+    notes = []
+    if surplus:
+        notes.append("cut")
+    elif is_completed:
+        notes.append("completed")
+    judge = {"rewards": record["rewards"], "terminals": rollouts.terminals_of(record)}
+    for name, truth in judge.items():
+        if not np.allclose(kept.get(name, truth), truth, rtol=0, atol=REWARD_TOLERANCE):
+            notes.append("contradicted")
+            break
+    return record, notes
 
 
 def _goal(recording, world):
@@ -137,24 +148,17 @@ def _goal(recording, world):
 def _arrays(recording, world):
     """The arrays of a recording as a record has them, and whether the physics gave the last one."""
     arrays = {}
-    for name in ("next_observations", "terminals", *rollouts.ARRAYS):
+    for name in (*rollouts.ARRAYS, "next_observations", "terminals"):
         if recording.get(name) is not None:
-            values = recordings.numbers(name, recording[name])
-            if name.endswith("observations"):
-                values = values[..., : world.observation_dim].astype(np.float32)
-            elif name in recordings.PER_STEP and values.shape[1:] == (1,):
-                values = values[:, 0]
-            arrays[name] = values
+            arrays[name] = _array(name, recording[name], world)
     actions, seen = arrays["actions"], arrays["observations"]
-    if (actions != np.floor(actions)).any():
-        raise ValueError("actions must be whole numbers, and some are not")
-    arrays["actions"] = actions.astype(np.int64)
     following = arrays.pop("next_observations", None)
-    is_completed = len(seen) == len(actions) and following is None
+    lacks_last = len(seen) == len(actions)
+    is_completed = lacks_last and following is None
     if is_completed:
-        seen = np.concatenate([seen, seen[-1:]])
-    elif len(seen) == len(actions):
-        if not (np.abs(following[:-1] - seen[1:]) <= 1e-4).all():
+        seen = np.concatenate([seen, seen[-1:]])  # until all is checked
+    elif lacks_last:
+        if not np.allclose(following[:-1], seen[1:], rtol=0, atol=1e-4):
             raise ValueError("next_observations of a step are not the observations of the next")
         seen = np.concatenate([seen, following[-1:]])
     arrays["observations"] = seen
@@ -163,9 +167,22 @@ def _arrays(recording, world):
     rollouts.check_arrays({"rewards": np.zeros(len(actions)), **arrays}, world)
     if is_completed:
         limit = world.observation_limit
-        last = world.state_from_observation(np.clip(seen[-2:-1], -limit, limit))
-        seen[-1:] = world.observe(world.step_batch(last, arrays["actions"][-1:]))
+        before = world.state_from_observation(np.clip(seen[-2:-1], -limit, limit))
+        after = world.step_batch(before, actions[-1:])
+        seen[-1:] = world.observe(after)
     return arrays, is_completed
+
+
+def _array(name, values, world):
+    """A field of a recording as an array of the type that records have."""
+    array = recordings.numbers(name, values)
+    if name == "actions" and (array != np.floor(array)).any():
+        raise ValueError("actions must be whole numbers, and some are not")
+    if name in ("observations", "next_observations"):
+        array = array[..., : world.observation_dim]
+    elif name in recordings.PER_STEP and array.shape[1:] == (1,):
+        array = array[:, 0]
+    return array.astype(rollouts.ARRAYS.get(name, np.float32))
 
 
 def export(run: Path, kinds: Sequence[str], world: env.World, encode: Callable) -> None:
@@ -173,10 +190,10 @@ def export(run: Path, kinds: Sequence[str], world: env.World, encode: Callable) 
 
     kinds: of "npz" and "minari". encode: from texts to encodings (texts, E), for .npz files.
     """
-    for state in sorted(run.glob("rollouts/*/state.json")):
-        name = state.parent.name
-        records, _ = read(state.parent, world)
+    target = run / "export"
+    for source in sorted(run.glob("rollouts/*")):
+        records, _ = read(source, world)
         if "npz" in kinds:
-            recordings.write_npz(run / "export" / f"{name}.npz", records, encode)
+            recordings.write_npz(target / f"{source.name}.npz", records, encode)
         if "minari" in kinds:
-            minari_io.write_minari(run / "export" / "kalm" / f"{name}-v0", records, world)
+            minari_io.write_minari(target / "kalm" / f"{source.name}-v0", records, world)

@@ -21,7 +21,6 @@ from model import KalmConfig, KalmForRollouts
 
 RELEASED = Path(__file__).resolve().parent / "adapter"
 WEIGHTS = "model.safetensors"
-LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 
 def adapter_folder(name: str) -> Path:
@@ -54,10 +53,18 @@ def wrap_llm(
         llm_source.forget_layers(llm, settings.fresh_layers, settings.seed)
     if settings.random_weights:
         llm = transformers.AutoModelForCausalLM.from_config(llm.config)
-    lora = {name: getattr(settings, name) for name in LORA_SETTINGS}
-    sizes = {name: getattr(world, name) for name in ("observation_dim", "num_actions", "objects")}
-    options = {**lora, **sizes, **statistics}
+    options = {**model_options(world, settings), **statistics}
     return KalmForRollouts.from_llm(llm, settings.embedding_scale, settings.seed, **options)
+
+
+def model_options(world: env.World, settings) -> dict:
+    """What KalmConfig takes of a world and of `ground.GroundingArguments`."""
+    options = {}
+    for name in ("observation_dim", "num_actions", "objects"):
+        options[name] = getattr(world, name)
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+        options[name] = getattr(settings, name)
+    return options
 
 
 def observation_statistics(rollouts: Sequence[dict], objects: int) -> dict[str, list[float]]:

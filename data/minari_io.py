@@ -12,7 +12,7 @@ import pyarrow.feather
 from gymnasium.envs.registration import EnvSpec
 
 import env
-from data import recordings
+from data import recordings, rollouts
 from experiment import folder
 
 
@@ -86,13 +86,13 @@ def write_minari(path: Path, records: Sequence[dict], world: env.World) -> None:
 def _episode(record):
     """The fields of a Minari episode. It terminates with success, or is truncated."""
     steps = len(record["actions"])
-    last = np.arange(steps) == steps - 1
     infos = {name: [text] * (steps + 1) for name, text in recordings.texts_of(record).items()}
     if record.get("states") is not None:
         infos["state"] = record["states"]
     if record.get("dynamics_error") is not None:
         infos["dynamics_error"] = [np.nan, *record["dynamics_error"].tolist()]
     episode = {name: record[name] for name in ("observations", "actions", "rewards")}
-    episode["terminations"] = last & record["success"]
-    episode["truncations"] = last & (not record["success"])
+    episode["terminations"] = rollouts.terminals_of(record)
+    episode["truncations"] = np.zeros(steps, bool)
+    episode["truncations"][-1] = not record["success"]
     return {**episode, "infos": infos}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import rollouts
 from experiment import folder
 
 LARGEST = 8 * 2**30  # bytes of arrays that are read from one file
@@ -25,6 +26,8 @@ FIELDS = ("observations", "next_observations", "states", "masks", "goals", *PER_
 
 def recordings_of(path: Path, seed: int) -> Iterator[dict]:
     """Rollouts of a file as recordings (`formats.judged`); seed draws one of their instructions."""
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"give a folder or a file of {', '.join(READERS)}")
     fields = READERS[path.suffix.lower()](path)
     for name in ("masks", "observations", "actions", "instructions", *fields):
         if name not in fields:
@@ -36,34 +39,35 @@ def recordings_of(path: Path, seed: int) -> Iterator[dict]:
 
 
 def _recording(fields, rng):
-    mask = numbers("masks", fields["masks"]).reshape(len(fields["masks"]))
+    padded = len(fields["masks"])
+    mask = numbers("masks", fields.pop("masks")).reshape(padded)
     steps = int((mask != 0).sum())
-    if (mask != (np.arange(len(mask)) < steps)).any():
+    if (mask != (np.arange(padded) < steps)).any():
         raise ValueError("masks must be ones for the steps of the rollout, then zeros")
-    texts = fields["instructions"]
-    if not isinstance(texts, (str, bytes)):
-        fields["instructions"] = texts[rng.integers(len(texts))] if len(texts) else ""
     recording = {}
-    for name in TEXTS.keys() & fields.keys():
-        recording[TEXTS[name]] = text_of(name, fields[name])
-    if "goals" in fields:
-        recording["code"] = numbers("goals", fields["goals"])
-    for name in {"next_observations", *PER_STEP} & fields.keys():
-        recording[name] = fields[name][:steps]
-    for name in {"observations", "states"} & fields.keys():
-        after = len(fields[name]) - len(mask)  # with what follows the last action, or without
-        recording[name] = fields[name][: steps + after]
+    for name, values in fields.items():
+        if name in TEXTS:
+            recording[TEXTS[name]] = text_of(name, values, rng)
+        elif name == "goals":
+            recording["code"] = numbers(name, values)
+        else:
+            after = len(values) - padded  # states may have what follows the last action
+            recording[name] = values[: steps + after]
     return recording
 
 
 def texts_of(record: dict) -> dict[str, str]:
     """What a record says in words, relations as JSON; without NUL, which HDF5 cannot hold."""
-    texts = {name: str(record.get(name) or "").replace("\0", " ") for name in TEXTS.values()}
-    return {**texts, "relations": json.dumps(record["relations"])}
+    texts = {"relations": json.dumps(record["relations"])}
+    for name in ("goal", "level", "kind", "explanation"):
+        texts[name] = str(record.get(name) or "").replace("\0", " ")
+    return texts
 
 
-def text_of(field: str, value: object) -> str:
-    """An element of an array of texts as a string."""
+def text_of(field: str, value: object, rng: np.random.Generator | None = None) -> str:
+    """An element of an array of texts as a string; one of several is drawn."""
+    if rng is not None and not isinstance(value, (str, bytes)):
+        value = value[rng.integers(len(value))] if len(value) else ""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if not isinstance(value, str):
@@ -81,29 +85,33 @@ def numbers(field: str, values: object) -> np.ndarray:
 
 def write_npz(path: str | Path, records: Sequence[dict], encode: Callable | None = None) -> None:
     """Records as padded arrays; observations end in the goal text's encoding, if there is one."""
-    last = np.array([[len(record["actions"]) - 1] for record in records])
-    steps = int(last.max()) + 1
-    success = np.array([[record["success"]] for record in records])
-    seen = _padded([record["observations"][:-1] for record in records], steps)
-    texts = [texts_of(record) for record in records]
-    fields = {name: np.array([text[field] for text in texts]) for name, field in TEXTS.items()}
-    fields["masks"] = (np.arange(steps) <= last).astype(np.int32)
-    fields["terminals"] = (np.arange(steps) == last) & success
-    fields["next_observations"] = _padded([r["observations"][1:] for r in records], steps)
+    columns = {
+        "observations": [record["observations"][:-1] for record in records],
+        "next_observations": [record["observations"][1:] for record in records],
+        "masks": [np.ones(len(record["actions"]), np.int32) for record in records],
+        "terminals": [rollouts.terminals_of(record) for record in records],
+    }
     for name in ("actions", "rewards", "states", "dynamics_error"):
         values = [record.get(name) for record in records]
         if all(value is not None for value in values):
-            fields[name] = _padded(values, steps + (name == "states"))
+            columns[name] = values
+    fields = {name: _padded(values) for name, values in columns.items()}
+    texts = [texts_of(record) for record in records]
+    for name, field in TEXTS.items():
+        fields[name] = np.array([text[field] for text in texts])
     if encode is not None:
-        encodings = np.asarray(encode([text["goal"] for text in texts]), np.float32)
-        seen = np.concatenate([seen, np.repeat(encodings[:, None], steps, 1)], -1)
+        encodings = np.asarray(encode(fields["instructions"].tolist()), np.float32)
+        seen = fields["observations"]
+        of_steps = np.repeat(encodings[:, None], seen.shape[1], axis=1)
+        fields["observations"] = np.concatenate([seen, of_steps], -1)
     with folder.replacing(path) as aside, open(aside, "wb") as stream:
-        np.savez_compressed(stream, observations=seen, **fields)
+        np.savez_compressed(stream, **fields)
 
 
-def _padded(values, steps):
-    """Arrays of rollouts as one, (N, steps, ...), zero past their end."""
-    array = np.zeros((len(values), steps, *values[0].shape[1:]), values[0].dtype)
+def _padded(values):
+    """Arrays of rollouts as one, (N, T of the longest, ...), zero past their end."""
+    longest = max(values, key=len)
+    array = np.zeros((len(values), *longest.shape), longest.dtype)
     for row, value in enumerate(values):
         array[row, : len(value)] = value
     return array
@@ -122,7 +130,8 @@ def _read_npy(path):
 def _read_npz(path):
     with np.lib.npyio.NpzFile(path) as file:
         names = [name for name in FIELDS if name in file]
-        _check_size(file.zip.getinfo(f"{name}.npy").file_size for name in names)
+        members = [file.zip.getinfo(f"{name}.npy") for name in names]
+        _check_size(member.file_size for member in members)
         return {name: file[name] for name in names}
 
 
@@ -172,7 +181,9 @@ def unpickle(data: bytes) -> object:
         if takes_memory or tuples > 5000 or opcode.name.startswith("EXT"):  # past find_class
             raise ValueError(f"the pickle has the opcode {opcode.name} as no recording; refused")
     value = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        return value.item()
+    return value
 
 
 class _Unpickler(pickle.Unpickler):

@@ -5,7 +5,7 @@ Nothing here knows where a rollout comes from or what it is for.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -30,6 +30,13 @@ ARRAYS = {"actions": np.int64, "states": np.float64}
 ARRAYS |= dict.fromkeys(("observations", "rewards", "dynamics_error"), np.float32)
 
 
+def terminals_of(record: dict) -> np.ndarray:
+    """Where a rollout terminates, (T,): with its success. A limit of time is no terminal."""
+    terminals = np.zeros(len(record["actions"]), bool)
+    terminals[-1] = record["success"]
+    return terminals
+
+
 def write_rollouts(path: str | Path, records: Sequence[dict]) -> None:
     """Write rollout records as a Hugging Face dataset folder, aside and then renamed."""
     columns = {}
@@ -48,15 +55,15 @@ def read_rollouts(path: str | Path, world: env.World, with_states: bool = False)
     with naming(f"{path} is not a rollouts dataset"):
         table = _read_table(path, with_states)
     records = []
-    for batch in table.to_batches(max_chunksize=1000):
-        for record in batch.to_pylist():
-            with naming(f"{path}, row {len(records)}"):
+    with naming(lambda: f"{path}, row {len(records)}"):
+        for batch in table.to_batches(max_chunksize=1000):
+            for record in batch.to_pylist():
                 for name, dtype in ARRAYS.items():
                     if record.get(name) is not None:
                         record[name] = np.array(record[name], dtype)
                 check_arrays(record, world)
                 env.goal_from_json({**record, "text": record["goal"]}, world)
-            records.append(record)
+                records.append(record)
     return records
 
 
@@ -79,7 +86,7 @@ def _read_table(path, with_states):
 
 
 @contextlib.contextmanager
-def naming(where: str | Path) -> Iterator[None]:
+def naming(where: str | Path | Callable[[], str]) -> Iterator[None]:
     """Whatever is raised in the block becomes a ValueError in one sentence that says where."""
     try:
         yield
@@ -89,7 +96,8 @@ def naming(where: str | Path) -> Iterator[None]:
             words += '; `pip install "minari[hdf5,arrow]"` has what these files need'
         elif not isinstance(error, (ValueError, OSError)):
             words = f"damaged, or not of its format ({type(error).__name__}: {words})"
-        raise ValueError(f"{where}: {words}") from error
+        place = where() if callable(where) else where
+        raise ValueError(f"{place}: {words}") from error
 
 
 def check_arrays(arrays: dict, world: env.World) -> None:

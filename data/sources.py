@@ -79,25 +79,24 @@ def relabel(
     rollout_of = np.repeat(np.arange(len(chosen)), lengths)  # of each transition
     first = np.cumsum(lengths) - lengths  # the first transition of each rollout
     one_step = world.one_step(world.encode_goals(goals))
-    fulfilling = []  # transitions, in a random order, for each goal
-    for goal, lasts_one_step in zip(goals, one_step):
+    candidates = []  # how many of the same goal come before it, goal, last transition
+    for row, goal in enumerate(goals):
         encoded = np.repeat(world.encode_goals([goal]), len(obs), 0)
         hits = np.flatnonzero(world.success(encoded, obs, nexts, actions))
-        if not lasts_one_step:
+        if not one_step[row]:
             _, first_hits = np.unique(rollout_of[hits], return_index=True)
             hits = hits[first_hits]
-            met_before = world.fulfilled(encoded[: len(first)], obs[first])
-            hits = hits[~met_before[rollout_of[hits]]]
-        fulfilling.append(rng.permutation(hits))
+            met_at_start = world.fulfilled(encoded[: len(first)], obs[first])
+            of_hits = met_at_start[rollout_of[hits]]
+            hits = hits[~of_hits]
+        for turn, hit in enumerate(rng.permutation(hits)):
+            candidates.append((turn, row, hit))
     made = []
-    for turn in range(max(map(len, fulfilling), default=0)):
-        for goal, lasts_one_step, hits in zip(goals, one_step, fulfilling):
-            if turn >= len(hits) or len(made) >= count:
-                continue
-            number = rollout_of[hits[turn]]
-            end = hits[turn] - first[number] + 1
-            begin = end - 1 if lasts_one_step else 0
-            observations = chosen[number]["observations"][begin : end + 1]
-            taken = chosen[number]["actions"][begin:end]
-            made.append(env.rollout_record(world, goal, observations, taken))
+    for _, row, hit in sorted(candidates)[:count]:
+        number = rollout_of[hit]
+        end = hit - first[number] + 1
+        begin = end - 1 if one_step[row] else 0
+        observations = chosen[number]["observations"][begin : end + 1]
+        taken = chosen[number]["actions"][begin:end]
+        made.append(env.rollout_record(world, goals[row], observations, taken))
     return made

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 from tqdm import trange
 
+from data.rollouts import terminals_of
+
 # ----------------------------------------------------------------------------------------------
 # Goal encodings
 
@@ -98,8 +100,6 @@ class GoalTable:
 
     def with_text(self, text: str, model, tokenizer) -> "GoalTable":
         """The table with one more text, by the model that encoded the others."""
-        if self.scale is None:
-            raise ValueError("these goal encodings lack their scale; --stage learn --force adds it")
         encoding = (encode_texts([text], model, tokenizer) - self.scale[0]) / self.scale[1]
         if self.projection is not None:
             encoding = encoding @ self.projection
@@ -108,11 +108,8 @@ class GoalTable:
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Encodings of known texts: (len(texts), hidden)."""
-        return self.table[self.rows(texts)]
-
-    def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """Rows of the table for texts: (len(texts),) int64."""
-        return np.array([self.index[text] for text in texts])
+        rows = [self.index[text] for text in texts]
+        return self.table[rows]
 
     def save(self, path: str | Path) -> None:
         """A safetensors file; the texts are its metadata, as JSON."""
@@ -196,17 +193,14 @@ class Buffer:
 
 def _transitions(record, goal_row):
     """The transitions of a rollout record: arrays (T, ...)."""
-    steps = len(record["actions"])
     observations = record["observations"]
-    done = np.zeros(steps, np.float32)
-    done[-1] = record["success"]
     return Batch(
         obs=observations[:-1],
-        goal=np.full(steps, goal_row),
+        goal=np.full(len(record["actions"]), goal_row),
         action=record["actions"],
         reward=record["rewards"],
         next_obs=observations[1:],
-        done=done,
+        done=terminals_of(record).astype(np.float32),
     )
 
 

@@ -2,7 +2,6 @@
 
 Every architecture that AutoModelForCausalLM knows is probed (experiment/probe.py) in its default
 configuration, which is mostly that of its best known checkpoint, made small. Nothing is fetched.
-`python docs/llms.py llama mamba` prints some alone.
 """
 
 import sys
@@ -45,7 +44,7 @@ VARIANTS = (  # of an architecture, beside its default
 HEAD = """# LLMs that can be used exactly
 
 Made by `python docs/llms.py` with transformers {version}: {exact} architectures are exact,
-{refused} are refused, {untried} were not tried.
+{refused} are refused, {not tried} were not tried.
 
 A run packs rollouts of a prompt into one row, imagines behind a key-value cache, and reads words
 from the LLM's output layer. Before it starts, a small LLM of the same configuration (one layer of
@@ -83,27 +82,21 @@ def verdict(model_type: str, overrides: dict) -> tuple[str, str, float]:
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     rows = [(name, "", OVERRIDES.get(name, {})) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     rows = sorted([*rows, *VARIANTS], key=lambda row: row[:2])
-    chosen = sys.argv[1:]
     lines = []
-    verdicts = []
+    counts = {"exact": 0, "refused": 0, "not tried": 0}
     for name, variant, overrides in rows:
-        if chosen and name not in chosen:
-            continue
         found, reason, seconds = verdict(name, overrides)
-        verdicts.append(found)
+        counts[found] += 1
         title = f"{name}, {variant}" if variant else name
         reason = reason.replace("|", "/").replace("<", "")
         lines.append(f"| {title} | {found} | {reason} | {seconds:.1f} |")
         print(lines[-1], flush=True)
-    counts = {"exact": verdicts.count("exact"), "refused": verdicts.count("refused")}
-    counts |= {"untried": verdicts.count("not tried")}
-    if not chosen:
-        head = HEAD.format(version=transformers.__version__, length=LENGTH, **counts)
-        text = head + "\n".join(lines) + "\n"
-        (ROOT / "docs" / "llms.md").write_text(text, encoding="utf-8")
+    head = HEAD.format(version=transformers.__version__, length=LENGTH, **counts)
+    (ROOT / "docs" / "llms.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,17 +159,17 @@ def do_run(runs: Path, name: str, processes: int = 1) -> None:
         source = folder_of(runs, parent)
         if not run.exists() or is_stale(run, source, stages):
             copy_run(source, run)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
-    command += [str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages]
-    subprocess.run([*command, "--output_dir", str(run)], check=True)
+    command = [sys.executable, str(ROOT / "kalm.py"), *options_of(name), "--stage", *stages]
+    command += ["--processes", str(processes), "--output_dir", str(run)]
+    subprocess.run(command, check=True)
 
 
 # ----------------------------------------------------------------------------------------------
 # The page
 
+IMAGINED = ("match", "executed", "executed_of_matched", "action_match")  # figures of its tables
+IMAGINED += ("off_table", "beyond_dynamics", "actions")
+CHECKED = ("match", "explained", "match_of_explained", "dynamics_error")
 NOT_MADE = (
     "*These runs have not been made for this page; `python docs/results.py` makes them. "
     "What others showed is in the log.*"
@@ -242,9 +243,10 @@ def opponent_rows(runs: Path) -> list[list]:
     return rows
 
 
-def quality_rows(quality: dict, words: dict[str, str]) -> list[list]:
+def quality_rows(quality: dict, names: Sequence[str]) -> list[list]:
     rows = []
-    for name, text in words.items():
+    for name in names:
+        text = report.QUALITY_WORDS[name]
         rows.append([text, *(number(quality[level].get(name)) for level in LEVELS)])
         if name in report.PAPER_QUALITY:
             rows.append([f"*paper: {text}*", *map(number, report.PAPER_QUALITY[name])])
@@ -330,9 +332,7 @@ def ablations(runs: Path) -> list[dict]:
 
 
 def show_ablations(runs: Path, options: list[str]) -> int:
-    """The tables of ablations -> report.html of the main run, which has these options. Returns the
-    exit code.
-    """
+    """The tables of ablations -> report.html of the main run. Returns the exit code."""
     main_run = folder_of(runs, "main")
     folder.write_json(main_run / "ablations.json", ablations(runs))
     return kalm.main([*options, "--stage", "report", "--force", "--output_dir", str(main_run)])
@@ -385,21 +385,6 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     (docs / "success.svg").write_text(report.success_figure(results), encoding="utf-8")
     write_picture(runs, docs / "imagined.gif")
 
-    imagined = {
-        "match": "match",
-        "executed": "succeed when their actions are played in the physics",
-        "executed_of_matched": "the same, of those that match",
-        "action_match": "action alone matches",
-        "off_table": "transitions off the table",
-        "beyond_dynamics": "transitions beyond dynamics",
-        "actions": "actions",
-    }
-    checked = {
-        "match": "match",
-        "explained": "own explanation fits the goal",
-        "match_of_explained": "match, of those that fit",
-        "dynamics_error": "contradiction to the dynamics prediction, m",
-    }
     held_out = ("action_accuracy", "state_error", "state_error_nothing_moves")
     grounding = [f"{name.replace('_', ' ')} {number(metrics[name])}" for name in held_out]
     counts = [f"{level} {brief[level]['rollouts']:.0f}" for level in LEVELS] if brief else ["none"]
@@ -415,9 +400,9 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
             opponents=table(["BC, validation goals", *columns], opponent_rows(runs)),
             training=training,
             last=table(["at the end / last checkpoints", *columns], last_rows(results)),
-            quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, imagined)),
+            quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, IMAGINED)),
             checks=table(
-                ["imagined rollouts", *LEVELS], quality_rows(checks, checked) if checks else []
+                ["imagined rollouts", *LEVELS], quality_rows(checks, CHECKED) if checks else []
             ),
             explained=table(["asked with", *explained_parts], explanation_rows(metrics)),
             grounding=", ".join(grounding),

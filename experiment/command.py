@@ -58,10 +58,10 @@ class RunArguments:
 
     def names(self, known: Mapping) -> list[str]:
         """The stages to run, in the order of the known ones, of which `act` is the last."""
+        allowed = (*known, "all")
         for name in self.stage:
-            if name not in (*known, "all"):
-                stages = ", ".join((*known, "all"))
-                raise ValueError(f"unknown stage {name!r}; stages are {stages}")
+            if name not in allowed:
+                raise ValueError(f"unknown stage {name!r}; stages are {', '.join(allowed)}")
         if "all" in self.stage:
             return list(known)[:-1]
         return [name for name in known if name in self.stage]
@@ -147,6 +147,8 @@ def check(
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
         filters = f"--keep {learn.keep} with --dynamics_tolerance {learn.dynamics_tolerance}"
         raise ValueError(f"{filters} needs --self_check true")
+    if ground.load_in_4bit and llm.is_gguf(run.llm):
+        raise ValueError("--load_in_4bit takes a folder or a Hub name as --llm, no GGUF file")
     if "ground" in names and ground.adapter != "none":
         check_adapter(ground, world)
     if learn.encoder != "llm":
@@ -194,23 +196,3 @@ def check_adapter(settings: GroundingArguments, world: env.World) -> None:
             raise ValueError(
                 f"{made}, and this command has {ours[size]}; --adapter none trains one"
             )
-
-
-def minutes(
-    run: RunArguments, ground: GroundingArguments, imagine: ImagineArguments, learn: LearnArguments
-) -> dict[str, float]:
-    """About how long the long stages take on two quiet CPU cores with SmolLM2, if known."""
-    layers = (ground.keep_layers or 30) if run.llm != llm.TINY else 0.1
-    examples = ground.train_batch_size * ground.gradient_accumulation_steps
-    later_rounds = len(imagine.rounds) - 1
-    actions = imagine.starts_per_goal * imagine.imagined_steps * (1 + later_rounds / 2)
-    actions += imagine.step_starts * (1 + later_rounds * imagine.step_candidates / 60)
-    rows = learn.rl_steps * learn.rl_batch * learn.seeds * len(learn.learned_methods)
-    seconds = {
-        "ground": 20 + 4e-3 * layers * examples * max(ground.max_steps, 0),
-        "imagine": 4.4e-4 * layers * imagine.novel_goals * actions,
-        "learn": 15 + 6.7e-6 * rows,
-    }
-    if ground.trains and ground.max_steps <= 0:
-        del seconds["ground"]  # the data say how many steps a pass has
-    return {} if torch.cuda.is_available() else {k: v / 60 for k, v in seconds.items()}

@@ -42,14 +42,17 @@ def actors(run: Path, methods: Sequence[str], named: Sequence[str]) -> list[str]
         if method not in able:
             has = ", ".join(able)
             raise ValueError(f"--methods {method}: {run} has no such policy, it has {has}")
+    if named:
+        return list(named)
     path = run / "results.json"
     success = folder.read_json(path)["success"] if path.is_file() else {}
 
     def by_success(method):
         rates = [cell["mean"] for cell in success.get(method, {}).values()]
-        return sum(rates) / max(len(rates), 1), "kalm" in method
+        return sum(rates), "kalm" in method
 
-    return list(named) or [*sorted(learned, key=by_success)[-1:], "llm"]
+    best = sorted(learned, key=by_success)[-1:]
+    return [*best, "llm"]
 
 
 def judge_in_words(world: env.World, goal: env.Goal, is_of_run: bool) -> str:
@@ -66,7 +69,8 @@ def write_account(run: Path, world: env.World, method: str, record: dict, seed: 
     record: of the episode, with the explanation that the LLM gave of it.
     """
     explanation_fits = world.explanation_fits(record["goal"], record["explanation"])
-    name = re.sub(r"\W+", "-", record["goal"].lower())[:40].strip("-")
+    words = re.sub(r"\W+", "-", record["goal"].lower())
+    name = words[:40].strip("-")
     gif = run / "act" / f"{name}-{seed}-{method}.gif"
     gif.parent.mkdir(exist_ok=True)
     save_gif(gif, world, record)
@@ -78,8 +82,9 @@ def write_account(run: Path, world: env.World, method: str, record: dict, seed: 
     first, *_, last = record["observations"]
     changes = world.change_in_words(first, last)
     fit = "names what the goal names" if explanation_fits else "does not fit the goal"
+    steps = len(record["actions"])
     return (
-        f"  {method}: {verdict_of(record)}, {len(record['actions'])} actions; changed: {changes}\n"
+        f"  {method}: {verdict_of(record)}, {steps} actions; changed: {changes}\n"
         f'    the LLM, asked what was done: "{record["explanation"]}" (this {fit})\n'
         f"    {gif}"
     )

@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,6 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError):
             problem = f"{path} is not a manifest of a KALM run as this code writes it"
             raise ValueError(f"{problem}; give another --output_dir") from None
-
-    def fingerprint(self, name: str, settings: dict, reads: Sequence[str]) -> str:
-        """Hash of what a stage's result follows from: its settings, and the stages it reads."""
-        read = {stage: self.stages.get(stage, {}).get("fingerprint") for stage in reads}
-        text = json.dumps([name, settings, read], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def is_done(self, name: str, fingerprint: str) -> bool:
         """Whether a stage was finished with this fingerprint, and its files are still there."""

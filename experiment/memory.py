@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import psutil
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 import env
 from data import llm
-from data.grounded import LORA_SETTINGS
+from data.grounded import model_options
 from model import STATE, TEXT, KalmConfig, KalmForRollouts
 from sequences import row_bytes
 from tasks import GroundingExamples, Tokenizer, pack
@@ -55,11 +55,8 @@ def in_words(run, settings, imagining) -> str:
     if llm.must_be_fetched(run.llm):
         return f"memory: known once {run.llm} is fetched"
     config, tokenizer = run.llm_without_weights(settings.keep_layers)
-    world = run.world
-    sizes = {name: getattr(world, name) for name in ("observation_dim", "num_actions", "objects")}
-    lora = {name: getattr(settings, name) for name in LORA_SETTINGS}
-    model_config = KalmConfig(backbone_config=config, **sizes, **lora)
-    batch = sample_batch(world, tokenizer, settings)
+    model_config = KalmConfig(backbone_config=config, **model_options(run.world, settings))
+    batch = sample_batch(run.world, tokenizer, settings)
     lines = []
     if settings.trains:
         parts = of_grounding(model_config, batch, settings, run.dtype)
@@ -105,15 +102,14 @@ def of_grounding(
     batch: as `tasks.pack` gives it, of which the sizes count. settings:
     `ground.GroundingArguments`. dtype: what the LLM computes in.
     """
-    device = settings.device
     base_dtype = dtype if config.lora_rank else torch.float32
     model = on_meta(config).train()
     model.get_input_embeddings().weight.requires_grad_(False)
     weights, trained = weight_bytes(model, base_dtype, settings.load_in_4bit)
     activations = head_bytes(model, batch, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        give_sizes(model, base_dtype, device)
-        activations += saved_bytes(model, batch["input_ids"].shape, dtype, device, settings)
+        shape = batch["input_ids"].shape
+        activations += saved_bytes(model, shape, base_dtype, dtype, settings)
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     shards = settings.world_size if is_sharded else 1
     copies = 1 if settings.world_size == shards else 2  # DDP's buckets hold the gradients again
@@ -143,49 +139,44 @@ def weight_bytes(
     return of_all, trained
 
 
-def give_sizes(model: nn.Module, base_dtype: torch.dtype, device: torch.device) -> None:
-    """Make a model's weights fake tensors on a device, of the types that they will have."""
-    fake = {}
-    new = set(model.new_parameters())
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in fake:
-                dtype = torch.float32 if names[id(parameter)] in new else base_dtype
-                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-                fake[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-            module._parameters[name] = fake[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-
-
 def saved_bytes(
-    model: KalmForRollouts, shape: Sequence[int], dtype: torch.dtype, device: torch.device, settings
+    model: KalmForRollouts,
+    shape: Sequence[int],
+    base_dtype: torch.dtype,
+    dtype: torch.dtype,
+    settings,
 ) -> int:
     """Bytes that autograd keeps of the backbone for its backward pass, of rows (B, L)."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    device = settings.device
+    module = model.backbone.base_model
+    named = dict(model.named_parameters())
+    new = {id(named[name]) for name in model.new_parameters()}
+    weights = {name: torch.empty_like(x, device=device) for name, x in module.named_buffers()}
+    for name, parameter in module.named_parameters():
+        own_dtype = torch.float32 if id(parameter) in new else base_dtype
+        empty = torch.empty_like(parameter, dtype=own_dtype, device=device)
+        weights[name] = empty.requires_grad_(parameter.requires_grad)
+    are_weights = {weight.untyped_storage()._cdata for weight in weights.values()}
     kept = {}  # by where a tensor lies, so that one kept twice counts once
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in are_weights:
             kept[storage._cdata] = storage
         return tensor
 
     rows, length = shape
-    tokens = model.get_input_embeddings().weight
-    embedded = torch.zeros(rows, length, tokens.shape[1], dtype=tokens.dtype, device=device)
+    width = model.get_input_embeddings().weight.shape[1]
+    embedded = torch.zeros(rows, length, width, dtype=base_dtype, device=device)
     embedded.requires_grad_(True)
-    places = torch.zeros(rows, length, dtype=torch.long, device=device)
-    mask = torch.zeros(rows, 1, length, length, dtype=embedded.dtype, device=device)
+    inputs = {
+        "inputs_embeds": embedded,
+        "attention_mask": torch.zeros(rows, 1, length, length, dtype=base_dtype, device=device),
+        "position_ids": torch.zeros(rows, length, dtype=torch.long, device=device),
+    }
     low_precision = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with low_precision, saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.backbone.base_model(
-            inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False
-        )
+        functional_call(module, weights, kwargs={**inputs, "use_cache": False})
     everything = sum(storage.nbytes() for storage in kept.values())
     if not settings.activation_checkpointing:
         return everything

@@ -57,10 +57,9 @@ def check(name: str, goals: Sequence[str], steps: int, keep_layers: int = 0) -> 
     config = llm_source.cut(llm_source.read_config(name), keep_layers)
     try:
         check_files(name, config)
-        tokenizer = load_tokenizer(name)
-        check_tokenizer(tokenizer, config)
+        tokenizer = llm_source.load_tokenizer(name)
         length = longest_example(tokenizer, goals, steps)
-        check_length(config, length)
+        check_sizes(tokenizer, config, length)
         check_exact(config, length)
     except ValueError as error:
         raise ValueError(f"--llm {name} ({config.model_type}): {error}; {ADVICE}") from None
@@ -70,7 +69,7 @@ def check_encoder(name: str) -> None:
     """Raise ValueError unless a resolved model turns texts into hidden states."""
     try:
         config = llm_source.read_config(name)
-        tokenizer = load_tokenizer(name)
+        tokenizer = llm_source.load_tokenizer(name)
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
             raise ValueError("its tokenizer has neither a pad nor an end token")
         encoder = small_model(AutoModel, config, length=0)
@@ -103,26 +102,6 @@ def check_files(name: str, config: PreTrainedConfig) -> None:
             raise ValueError(f"{file.name} is damaged or missing ({in_words(error)})") from None
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a resolved LLM. Raises ValueError if it has none."""
-    try:
-        if llm_source.is_gguf(name):
-            file = Path(name)
-            return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"it has no tokenizer that can be read ({in_words(error)})") from None
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
-    """Raise ValueError for a tokenizer without an end token, or with more tokens than the LLM."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer has no end token (eos_token), which explanations need")
-    embedded = config.get_text_config().vocab_size
-    if len(tokenizer) > embedded:
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, and the LLM {embedded}")
-
-
 def longest_example(tokenizer: Tokenizer, goals: Sequence[str], steps: int) -> int:
     """Positions of the longest example: a goal or its explanation, and a rollout of `steps`."""
     longest = max(goals, key=len)
@@ -131,8 +110,15 @@ def longest_example(tokenizer: Tokenizer, goals: Sequence[str], steps: int) -> i
     return max(with_goal, explained) + 2 * steps + 1
 
 
-def check_length(config: PreTrainedConfig, length: int) -> None:
-    """Raise ValueError if an LLM has fewer positions than the longest example."""
+def check_sizes(tokenizer: Tokenizer, config: PreTrainedConfig, length: int) -> None:
+    """Raise ValueError for a tokenizer without an end token, or with more tokens than the LLM, or
+    an LLM with fewer positions than the longest example.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no end token (eos_token), which explanations need")
+    embedded = config.get_text_config().vocab_size
+    if len(tokenizer) > embedded:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, and the LLM {embedded}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and positions < length:
         raise ValueError(f"the longest example takes {length} positions, and it has {positions}")
@@ -151,6 +137,7 @@ OBSERVATION, ACTIONS = 4, 6  # of a world that there is not
 SIZES = {"observation_dim": OBSERVATION, "num_actions": ACTIONS, "objects": 2}
 GOALS = {"a goal in many words": (9, 6), "a goal": (4, 7)}  # and actions of its rollouts
 FED = 4  # positions fed one by one
+WORDS = torch.arange(21, 301, 7)[None]  # token ids of a text (1, 40)
 
 
 @dataclass(frozen=True)
@@ -161,20 +148,15 @@ class Trial:
     """
 
     model: KalmForRollouts
-    own_logits: torch.Tensor  # of the LLM for `words`, before it was wrapped
+    own_logits: torch.Tensor  # of the LLM for WORDS, before it was wrapped
     examples: list[dict[str, np.ndarray]]
     sequences: list[list[Position]]
     alone: list[KalmOutput]
 
 
-def words() -> torch.Tensor:
-    """Token ids of a text (1, 40)."""
-    return torch.arange(3, 43)[None] * 7
-
-
 def begin_trial(llm: PreTrainedModel) -> Trial:
     """Wrap a small LLM, and run all rollouts alone."""
-    own_logits = llm(input_ids=words()).logits
+    own_logits = llm(input_ids=WORDS).logits
     model = KalmForRollouts.from_llm(llm, **SIZES).eval()
     rng = np.random.default_rng(0)
     world = SimpleNamespace(observation_dim=OBSERVATION)
@@ -236,10 +218,9 @@ def later_positions(trial: Trial) -> float:
 
 def word_logits(trial: Trial) -> float:
     """A text through the grounded model, against the LLM."""
-    ids = words()
-    no_states = torch.zeros(*ids.shape, OBSERVATION)
-    modality = torch.full_like(ids, TEXT)
-    logits = trial.model(ids, modality, no_states, text_logits=None).logits
+    no_states = torch.zeros(*WORDS.shape, OBSERVATION)
+    modality = torch.full_like(WORDS, TEXT)
+    logits = trial.model(WORDS, modality, no_states, text_logits=None).logits
     return distance(logits, trial.own_logits, trial.own_logits.std())
 
 
@@ -326,24 +307,24 @@ def check_exact(config: PreTrainedConfig, length: int) -> None:
 
     length: positions of the longest example.
     """
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # of the small LLM nobody needs to hear
-    transformers.logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            ask_all(config, length)
-    finally:
-        transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
-
-
-def ask_all(config: PreTrainedConfig, length: int) -> None:
-    """Raise ValueError at the first question whose answer is wrong, or an error."""
     if is_recurrent(config):
         raise ValueError(
             "it has recurrent or convolution layers, which mix rollouts packed in a row"
         )
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # of the small LLM nobody needs to hear
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            problem = first_problem(config, length)
+    finally:
+        transformers.logging.set_verbosity(level)
+    if problem:
+        raise ValueError(problem + shorter_window(config, length))
+
+
+def first_problem(config: PreTrainedConfig, length: int) -> str:
+    """The first question whose answer is wrong, or an error, in words; "" if there is none."""
     asked = "making it small"
     try:
         llm = small_model(AutoModelForCausalLM, config, length)
@@ -353,13 +334,10 @@ def ask_all(config: PreTrainedConfig, length: int) -> None:
             share = question(trial)
             tolerance = WORD_TOLERANCE if question is word_logits else TOLERANCE
             if share > tolerance:
-                problem = f"{asked} changes its outputs, by {share:.2g} of their spread"
-                break
-        else:
-            return
+                return f"{asked} changes its outputs, by {share:.2g} of their spread"
     except Exception as error:  # whatever odd models raise
-        problem = f"{asked} fails ({in_words(error)})"
-    raise ValueError(problem + shorter_window(config, length))
+        return f"{asked} fails ({in_words(error)})"
+    return ""
 
 
 def is_recurrent(config: PreTrainedConfig) -> bool:

@@ -17,7 +17,10 @@ def explanation_figures(
     goals = [env.goal_of(record) for record in records]
     final = np.stack([record["observations"][-1] for record in records])
     scores = world.explanation_scores(goals, explanations, final)
-    return {part: float(np.mean(right)) for part, right in scores.items()}
+    figures = {}
+    for part, right in scores.items():
+        figures[part] = float(np.mean(right))
+    return figures
 
 
 def rollout_figures(world: env.World, records: Sequence[dict]) -> dict[str, float]:
@@ -30,17 +33,26 @@ def rollout_figures(world: env.World, records: Sequence[dict]) -> dict[str, floa
     dynamics_error.
     """
     goals = [env.goal_of(record) for record in records]
-    encoded = world.encode_goals(goals)
-    first = np.stack([record["observations"][0] for record in records])
-    obs = np.concatenate([record["observations"][:-1] for record in records])
-    nexts = np.concatenate([record["observations"][1:] for record in records])
-    lengths = [len(record["actions"]) for record in records]
-    plans = env.replay([record["actions"] for record in records])
+    actions = [record["actions"] for record in records]
+    lengths = [len(taken) for taken in actions]
+    first = []
+    obs = []
+    nexts = []
+    for record in records:
+        path = record["observations"]
+        first.append(path[0])
+        obs.append(path[:-1])
+        nexts.append(path[1:])
+    first = np.stack(first)
+    obs = np.concatenate(obs)
+    nexts = np.concatenate(nexts)
     starts = world.state_from_observation(first)
+    plans = env.replay(actions)
     played = env.run_episodes(world, plans, goals, starts, max(lengths))
     match = np.array([record["success"] for record in records])
     executed = np.array([record["success"] for record in played])
-    judged = np.array([goal.kind != env.UNJUDGED for goal in goals])
+    kinds = np.array([goal.kind for goal in goals])
+    judged = kinds != env.UNJUDGED
     figures = {"rollouts": len(records)}
     if judged.any():
         figures["match"] = match[judged].mean()
@@ -49,18 +61,21 @@ def rollout_figures(world: env.World, records: Sequence[dict]) -> dict[str, floa
     figures["actions"] = np.mean(lengths)
     figures |= world.plausibility(obs, nexts)
     if records[0].get("explanation") is not None:
-        fits = [world.explanation_fits(r["goal"], r["explanation"]) for r in records]
+        fits = []
+        for record in records:
+            fits.append(world.explanation_fits(record["goal"], record["explanation"]))
         fits = np.array(fits)
+        errors = np.concatenate([record["dynamics_error"] for record in records])
         figures["explained"] = fits.mean()
+        figures["dynamics_error"] = errors.mean()
         if judged.any():
             figures["match_of_explained"] = mean_or_zero(match[fits & judged])
-        errors = [record["dynamics_error"] for record in records]
-        figures["dynamics_error"] = np.concatenate(errors).mean()
+    encoded = world.encode_goals(goals)
     one_step = world.one_step(encoded)
     if one_step.any():
-        actions = np.array([record["actions"][0] for record in records])[one_step]
-        where = first[one_step]
-        figures["action_match"] = world.success(encoded[one_step], where, where, actions).mean()
+        first_actions = np.array([taken[0] for taken in actions])
+        met = world.success(encoded, first, first, first_actions)  # where nothing moves
+        figures["action_match"] = met[one_step].mean()
     return {name: float(value) for name, value in figures.items()}
 
 

@@ -63,8 +63,7 @@ class Run:
         if name == llm.TINY:
             model, tokenizer = self.load_llm(keep_layers)
             return model.config, tokenizer
-        config = llm.cut(llm.read_config(name), keep_layers)
-        return config, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return llm.cut(llm.read_config(name), keep_layers), llm.load_tokenizer(name)
 
     def load_encoder(self, name: str, layers: int) -> tuple[torch.nn.Module, Tokenizer]:
         """A frozen encoder of goal texts: layers of the language model for "llm", or another."""
@@ -72,8 +71,9 @@ class Run:
             language_model, tokenizer = self.load_llm(layers)
             encoder = language_model.base_model
         else:
-            encoder = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            options = {**llm.source(name), "dtype": torch.float32}
+            encoder = transformers.AutoModel.from_pretrained(**options)
+            tokenizer = llm.load_tokenizer(name)
         return encoder.to(PartialState().device), tokenizer
 
     def load_grounded(self) -> tuple[KalmForRollouts, Tokenizer]:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ def at_least(least: float, settings: Any, *names: str) -> None:
 class SettingsParser(HfArgumentParser):
     """HfArgumentParser for several settings classes; what is wrong is a ValueError."""
 
-    def __init__(self, classes: Sequence[type]):
+    def __init__(self, classes: Sequence[type], renamed: Mapping[str, str] | None = None):
         super().__init__(classes, add_help=False, allow_abbrev=False)
+        self.renamed = renamed or {}
         self.names = {}  # of a setting, by each way to write it on a command line
         for action in self._actions:
             for option in action.option_strings:
@@ -65,18 +66,12 @@ class SettingsParser(HfArgumentParser):
                 found[name] = f"{found[name]} {argument}".strip()
         return found
 
-    def check_names(self, arguments: Sequence[str], renamed: dict[str, str]) -> None:
-        """Raise ValueError for an unknown option, with its present or the nearest name."""
-        _, unknown = self.parse_known_args(arguments)
-        if unknown:
-            name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-            where = f"unknown option {unknown[0]}"
-            raise ValueError(where + self.hint(name, renamed, "--" * unknown[0].startswith("--")))
-
-    def hint(self, name: str, renamed: dict[str, str], dashes: str = "") -> str:
-        """ ": did you mean X?" for a wrong name, "" where no name is near."""
-        if name in renamed:
-            return f": it is {dashes}{renamed[name]} now"
+    def hint(self, option: str) -> str:
+        """ ": did you mean X?" for an unknown option, "" where no name is near."""
+        name = option.lstrip("-").replace("-", "_")
+        dashes = "--" if option.startswith("--") else ""
+        if name in self.renamed:
+            return f": it is {dashes}{self.renamed[name]} now"
         near = difflib.get_close_matches(name, set(self.names.values()), 1)
         return f": did you mean {dashes}{near[0]}?" if near else ""
 
@@ -92,17 +87,22 @@ def parse(
     defaults: from the settings given (as texts) to the defaults of the rest. renamed: present names
     of former options. Raises ValueError for what is unknown or wrong.
     """
-    parser = SettingsParser(classes)
+    parser = SettingsParser(classes, renamed)
     config = parser.given(arguments).get("config")
     if config:
-        arguments = [*config_arguments(config, parser, renamed), *arguments]
+        arguments = [*config_arguments(config, parser), *arguments]
     given = parser.given(arguments)
     parser.set_defaults(**defaults(given))
-    parser.check_names(arguments, renamed)
-    return list(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)), given
+    *found, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        hint = parser.hint(unknown[0].partition("=")[0])
+        raise ValueError(f"unknown option {unknown[0]}{hint}")
+    return found, given
 
 
-def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str]) -> list[str]:
+def config_arguments(path: str, parser: SettingsParser) -> list[str]:
     """The settings of a YAML or JSON file as arguments of a command line.
 
     A list becomes a text with commas. Raises ValueError that names the file and the key.
@@ -113,7 +113,7 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
         found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else getattr(error, "lineno", None)
         where = f"{path}, line {line}" if line else path
@@ -123,7 +123,7 @@ def config_arguments(path: str, parser: SettingsParser, renamed: dict[str, str])
     arguments = []
     for name, value in found.items():
         if name not in parser.names.values():
-            hint = parser.hint(str(name), renamed)
+            hint = parser.hint(str(name))
             raise ValueError(f"--config {path}: there is no option {name!r}{hint}")
         if name == "stage":
             stages = value if isinstance(value, list) else str(value).split()

@@ -4,6 +4,8 @@ This file knows what a stage reads and writes and which settings it follows from
 """
 
 import dataclasses
+import hashlib
+import json
 import shutil
 import textwrap
 import time
@@ -65,7 +67,11 @@ class Plan:
         """Hash of what a stage's result follows from; an input counts by content, not by name."""
         record = self.record(name)
         counts = {**record["run"], **record["settings"], **self.inputs(name)}
-        return self.manifest.fingerprint(name, counts, self.stages[name].reads)
+        read = {}
+        for needed in self.stages[name].reads:
+            read[needed] = self.manifest.stages.get(needed, {}).get("fingerprint")
+        text = json.dumps([name, counts, read], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_do(self) -> list[str]:
         """Stages that are not done so, or follow one. Raises ValueError if inputs are missing."""
@@ -101,27 +107,22 @@ class Plan:
     def upstream(self) -> list[str]:
         """Stages whose output those of this command follow from, directly or not, in order."""
         found = set()
-        following = list(self.names)
-        while following:
-            needed = self.stages[following.pop()].reads
-            found.update(needed)
-            following.extend(needed)
+        for name in reversed(self.stages):  # what one reads comes before it
+            if name in self.names or name in found:
+                found.update(self.stages[name].reads)
         return [name for name in self.stages if name in found and name not in self.names]
 
-    def in_words(self, todo: Sequence[str], minutes: Mapping[str, float]) -> str:
+    def in_words(self, todo: Sequence[str]) -> str:
         """What will happen: a paragraph a stage."""
         columns = min(max(shutil.get_terminal_size().columns, 80), 120) - 1
         paragraphs = []
         for name in self.names:
             recorded = self.record(name)["settings"].items()
             settings = [f"{key} {value}" for key, value in recorded if value != ""]
-            status = "done before" if name not in todo else ""
-            if not status and name in minutes:
-                status = f"~{max(1, round(minutes[name]))} min"
-            text = f"  {name:9} {status:12} {', '.join(settings)}"
+            status = "" if name in todo else "(done before)  "
+            text = f"  {name:9} {status}{', '.join(settings)}"
             options = {"break_long_words": False, "break_on_hyphens": False}
-            lines = textwrap.fill(text, columns, subsequent_indent=" " * 25, **options)
-            paragraphs.append(lines)
+            paragraphs.append(textwrap.fill(text, columns, subsequent_indent=" " * 12, **options))
         return "\n".join(paragraphs)
 
 

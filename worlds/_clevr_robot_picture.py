@@ -3,6 +3,8 @@
 This file knows where balls are and nothing of physics, goals or actions.
 """
 
+import math
+
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
@@ -10,53 +12,51 @@ BALL_COLORS = ("#d63031", "#2962dc", "#2ea043", "#8e44be", "#26bec8")
 TABLE_CORNERS = ((-0.6, -0.3), (0.6, -0.3), (0.6, 0.7), (-0.6, 0.7))
 BALL_RADIUS = 0.13
 FLOOR = -BALL_RADIUS
-EYE = np.array((0.0, -1.75, 1.55))
-PITCH = np.radians(44)  # the camera looks down by so much
-CAMERA = np.array(
-    [
-        (1, 0, 0),  # right
-        (0, np.cos(PITCH), -np.sin(PITCH)),  # into the picture
-        (0, np.sin(PITCH), np.cos(PITCH)),  # up
-    ]
-)
-BACKGROUND = (238, 240, 244)
-WOOD = (205, 190, 165)
-EDGE = (140, 120, 90)
-SHADOW = (165, 150, 128)
-INK = (20, 20, 20)
+EYE_Y = -1.75
+EYE_Z = 1.55
+PITCH = math.radians(44)  # the camera looks down by so much
+COS = math.cos(PITCH)
+SIN = math.sin(PITCH)
+BACKGROUND = "#eef0f4"
+WOOD = "#cdbea5"
+EDGE = "#8c785a"
+SHADOW = "#a59680"
+INK = "#141414"
 
 
-def project(x: float, y: float, z: float, size: int) -> tuple[float, float, float]:
+def project(x: float, y: float, z: float, size: int) -> tuple:
     """Pixel of a point as the camera sees it, and how many pixels a metre is there."""
-    right, depth, up = CAMERA @ ((x, y, z) - EYE)
+    ahead = y - EYE_Y
+    below = EYE_Z - z
+    depth = COS * ahead + SIN * below
+    up = SIN * ahead - COS * below
     metre = 1.55 * size / depth
-    return size / 2 + metre * right, 0.56 * size - metre * up, metre
+    u = size / 2 + metre * x
+    v = 0.56 * size - metre * up
+    return u, v, metre
 
 
-def draw_disc(pen, u: float, v: float, radius: float, fill, flatness: float = 1.0) -> None:
-    """A filled circle, or with a flatness below 1 an ellipse."""
-    height = radius * flatness
-    pen.ellipse((u - radius, v - height, u + radius, v + height), fill=fill)
-
-
-def draw_ball(pen, x: float, y: float, color: str, size: int) -> None:
+def _draw_ball(pen, x, y, color, size):
     """Ever smaller, brighter discs toward the light."""
     u, v, metre = project(x, y, 0, size)
     radius = BALL_RADIUS * metre
     rgb = np.array(ImageColor.getrgb(color))
     for t in np.linspace(0, 1, 12):
-        shade = rgb * (0.72 + 0.28 * t) + 90 * t**3
-        fill = tuple(shade.clip(0, 255).astype(int))
-        shift = t * radius
-        draw_disc(pen, u - 0.3 * shift, v - 0.35 * shift, radius * (1 - 0.85 * t), fill)
+        brightness = 0.72 + 0.28 * t
+        shade = rgb * brightness + 90 * t**3
+        shade = shade.clip(0, 255).astype(int)
+        left = u - 0.3 * t * radius
+        above = v - 0.35 * t * radius
+        smaller = radius * (1 - 0.85 * t)
+        pen.circle((left, above), smaller, tuple(shade))
 
 
-def draw_arrow(pen, tail: np.ndarray, head: np.ndarray, size: int) -> None:
+def _draw_arrow(pen, tail, head, size):
     """A line with a dot where it ends; tail, head: (2,) in metres."""
-    start = project(*tail, 0, size)[:2]
-    end = project(*head, 0, size)[:2]
-    pen.line((*start, *end), fill=INK, width=6)
-    draw_disc(pen, *end, 8, INK)
+    *start, _ = project(*tail, 0, size)
+    *end, _ = project(*head, 0, size)
+    pen.line((*start, *end), INK, width=6)
+    pen.circle(end, 8, INK)
 
 
 def draw_table(xy: np.ndarray, arrow: tuple | None, size: int) -> np.ndarray:
@@ -64,13 +64,24 @@ def draw_table(xy: np.ndarray, arrow: tuple | None, size: int) -> np.ndarray:
     wide = 2 * size  # drawn twice as large and shrunk, which smooths the edges
     image = Image.new("RGB", (wide, wide), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    corners = [project(x, y, FLOOR, wide)[:2] for x, y in TABLE_CORNERS]
-    pen.polygon(corners, fill=WOOD, outline=EDGE)
+    corners = []
+    for x, y in TABLE_CORNERS:
+        *corner, _ = project(x, y, FLOOR, wide)
+        corners += corner
+    pen.polygon(corners, WOOD, EDGE)
     for x, y in xy:
-        u, v, metre = project(x + 0.03, y - 0.02, FLOOR, wide)
-        draw_disc(pen, u, v, BALL_RADIUS * metre, SHADOW, flatness=0.6)
-    for ball in np.argsort(-xy[:, 1]):  # far balls first
-        draw_ball(pen, *xy[ball], BALL_COLORS[ball], wide)
+        shadow = (x + 0.03, y - 0.02, FLOOR)
+        u, v, metre = project(*shadow, wide)
+        half_width = BALL_RADIUS * metre
+        half_height = 0.6 * half_width
+        top_left = (u - half_width, v - half_height)
+        bottom_right = (u + half_width, v + half_height)
+        pen.ellipse((top_left, bottom_right), SHADOW)
+    away = xy[:, 1]
+    for ball in np.argsort(-away):  # far balls first
+        x, y = xy[ball]
+        _draw_ball(pen, x, y, BALL_COLORS[ball], wide)
     if arrow is not None:
-        draw_arrow(pen, *arrow, wide)
-    return np.asarray(image.resize((size, size), Image.LANCZOS))
+        _draw_arrow(pen, *arrow, wide)
+    small = image.resize((size, size), Image.LANCZOS)
+    return np.asarray(small)
