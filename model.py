@@ -1,5 +1,4 @@
-"""KALM's grounded language model: any causal LM of transformers, with eyes (state embedding) and
-hands (action heads).
+"""KALM's grounded language model: a causal LM with eyes (state embedding) and hands (action head).
 
 One sequence mixes text tokens, states and actions. Each modality has its own embedding into the
 LM's hidden size and its own output head; the head at a position predicts what comes next (paper,
@@ -25,7 +24,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from data.llm import check_shapes, load_described
 
-PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # modality of a position
+PAD, TEXT, STATE, ACTION, RETURN = -1, 0, 1, 2, 3  # modality of a position
 SEGMENTS = 1024  # at most so many segments in an example
 TASKS = ("dynamics", "explanation", "generation", "consequence", "description")
 LOSS_WEIGHTS = {"text": 1.0, "action": 0.5, "state": 0.5}  # paper, section 4.1
@@ -177,6 +176,7 @@ class KalmForRollouts(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    target_return = None  # what a Decision Transformer asks for (dt.py)
 
     def __init__(self, config: KalmConfig, backbone: PreTrainedModel | None = None):
         """backbone: a causal LM to adopt as it is; None: a new one of the configuration."""

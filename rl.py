@@ -237,11 +237,13 @@ ALGORITHMS: dict[str, type[Algorithm]] = {"bc": BC, "cql": CQL, "iql": IQL, "awa
 SOURCES = ("", "+relabel", "+kalm", "+both")  # rollouts to learn from beside the real ones
 EPOCHS = 50  # of the paper's training curves
 LLM = "llm"  # the method that learns nothing: the grounded model acts
+DT = "dt"  # the Decision Transformer, which is trained as the LLM is grounded
+MODELS = (LLM, DT)  # methods without a small policy: a language model acts, of one seed
 
 
 def method_names() -> list[str]:
-    """All methods: each algorithm with each source, and the LLM as policy."""
-    return ["".join(pair) for pair in itertools.product(ALGORITHMS, SOURCES)] + [LLM]
+    """All methods: each algorithm with each source, and language models as policies."""
+    return ["".join(pair) for pair in itertools.product(ALGORITHMS, SOURCES)] + [*MODELS]
 
 
 def algorithm_of(method: str) -> str:
@@ -272,16 +274,18 @@ class LearnArguments:
     imaginary_share: float = setting(RLConfig.imaginary_share, "of each batch")
     methods: str = setting(
         "bc,bc+relabel,bc+kalm,bc+both,cql,cql+relabel,cql+kalm,cql+both,llm",
-        f"to learn and evaluate: {', '.join(ALGORITHMS)} with {', '.join(SOURCES[1:])}; llm",
+        f"to learn and evaluate: {', '.join(ALGORITHMS)} with {', '.join(SOURCES[1:])}; llm, dt",
     )
     seeds: int = setting(3, "policies for each method")
     rl_snapshot_steps: int = setting(RLConfig.snapshot_steps, "gradient steps between snapshots")
     curve_points: int = setting(5, "policies kept on the way")
     last_checkpoints: int = setting(5, "and a fiftieth apart, to the end")
+    dt_steps: int = setting(1000, "gradient steps of dt, the Decision Transformer")
 
     def __post_init__(self):
         self.encoder = absolute(self.encoder, "llm")
         at_least(1, self, "rl_steps", "rl_batch", "seeds", "rl_snapshot_steps", "last_checkpoints")
+        at_least(1, self, "dt_steps")
         at_least(0, self, "curve_points", "goal_dimensions")
         at_least(0, self, "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")
@@ -307,7 +311,7 @@ class LearnArguments:
 
     @property
     def learned_methods(self) -> list[str]:
-        return [method for method in self.method_list if method != LLM]
+        return [method for method in self.method_list if method not in MODELS]
 
     @property
     def checkpoints(self) -> list[int]:

@@ -10,7 +10,7 @@ sequences of positions and no training; sentences come from the world.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +63,7 @@ class Position(NamedTuple):
 
     modality: int
     index: int = 0  # of the token or action
-    state: np.ndarray | None = None  # of an action, the state that it is taken in
+    state: np.ndarray | float | None = None  # of an action that before it; or a return-to-go
     predict: bool = False
 
 
@@ -136,17 +136,23 @@ TASK_EXAMPLES = {  # segments of a rollout, and how many rollouts share one prom
 
 
 def make_example(
-    task: str, tokenizer: Tokenizer, world: env.World, rollouts: Sequence[dict], wording: int = 0
+    task: str,
+    tokenizer: Tokenizer,
+    world: env.World,
+    rollouts: Sequence[dict],
+    wording: int = 0,
+    segments_of: Callable | None = None,
 ) -> dict[str, np.ndarray]:
     """One grounding example as arrays over L positions; its rollouts share the first one's goal.
 
     wording: which of the task's prompts, counted round, and the seed of what a task draws.
+    segments_of: makes a rollout's segments behind the task's prompt; None: as TASK_EXAMPLES says.
     Returns input_ids, modality, segments, position_ids, predict, task (L,) and states
     (L, observation_dim), as `KalmForRollouts.forward` takes them. Raises ValueError where there are
     more segments than `SEGMENTS` allows.
     """
     prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
-    segments_of, _ = TASK_EXAMPLES[task]
+    segments_of = segments_of or TASK_EXAMPLES[task][0]
     segments = [prompt]
     for record in rollouts:
         segments += segments_of(record, world, tokenizer, [wording, len(segments) - 1])
@@ -177,14 +183,16 @@ class GroundingExamples(torch.utils.data.Dataset):
     """All examples of rollout records: grouped by goal text, each group once for every task.
 
     copies: how often they all come, from the second time on under a symmetry of the world.
+    segments_of: see `make_example`.
     """
 
-    def __init__(self, rollouts, tokenizer, world, tasks=TASKS, copies=1, seed=0):
+    def __init__(self, rollouts, tokenizer, world, tasks=TASKS, copies=1, seed=0, segments_of=None):
         self.rollouts = rollouts
         self.tokenizer = tokenizer
         self.world = world
         self.copies = copies
         self.seed = seed
+        self.segments_of = segments_of
         rows_of_goal = collections.defaultdict(list)
         for row, record in enumerate(rollouts):
             rows_of_goal[record["goal"]].append(row)
@@ -207,7 +215,8 @@ class GroundingExamples(torch.utils.data.Dataset):
         if copy_number > 0:
             rng = np.random.default_rng([self.seed, index])
             rollouts = self.world.rename(rollouts, rng)
-        return make_example(task, self.tokenizer, self.world, rollouts, wording=index)
+        how = (self.tokenizer, self.world, rollouts, index, self.segments_of)
+        return make_example(task, *how)
 
 
 PADDING = {"modality": PAD, "segments": -1}  # 0 for the rest
