@@ -25,7 +25,7 @@ from model import ACTION, RETURN, STATE, KalmConfig, KalmForRollouts, matching
 from tasks import Position, Tokenizer
 
 TARGET = 0.9  # quantile of the data's returns that is asked for: seldom reached, and not unheard of
-BATCH = 32  # examples a step on all devices, where grounding did not train
+BATCH = 8  # examples a step on all devices, of six rollouts each
 
 
 def returns_to_go(rewards: np.ndarray) -> np.ndarray:
@@ -84,9 +84,10 @@ class DecisionTransformer(KalmForRollouts):
 
 
 def arguments(run: Run, steps: int, work: Path) -> GroundingArguments:
-    """The recipe by which the run grounded its LLM, or its defaults where that was an adapter."""
+    """The recipe by which the run grounded its LLM, or the default where that was an adapter."""
     devices = PartialState().num_processes // launch.cpu_workers()
-    recipe = {"per_device_train_batch_size": max(1, BATCH // devices), **run.recorded("ground")}
+    each = max(1, BATCH // devices)  # which the workers on one CPU divide again
+    recipe = {**run.recorded("ground"), "per_device_train_batch_size": each}
     recipe |= {"adapter": "none", "tasks": "generation", "max_steps": steps, "seed": run.seed}
     recipe |= {"bf16": run.dtype == torch.bfloat16, "fp16": run.dtype == torch.float16}
     often = {"eval_strategy": "no", "save_steps": 0.1, "logging_steps": 0.01}  # shares of all steps

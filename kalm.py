@@ -326,8 +326,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     rngs = [run.rng(7, number) for number in range(learned.seeds)]
     starts = [env.unfulfilled_states(run.world, rng, all_goals) for rng in rngs]
     evaluation = Evaluation(learned, settings, goals, starts)
-    all_trials = trials(learned, settings)
-    mine = all_trials[state.process_index :: state.num_processes]
+    mine = trials(learned, settings)[state.process_index :: state.num_processes]
     of_policies = [trial for trial in mine if trial.method not in rl.MODELS]
     won = evaluation.play(run.world, run.folder / "policies", of_policies)
     for trial in mine:
@@ -414,7 +413,6 @@ STAGES = {  # function, what it reads and writes, settings of the run that it fo
     "act": Stage(act, ("ground", "imagine", "learn")),
 }
 
-
 HELP = {"-h", "--help"}
 
 
@@ -480,7 +478,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     dtype = command.dtype_of(grounding)
     run = Run(manifest.run, world, shared.llm, seed, dtype, [*grounding.report_to])
     todo = plan.to_do()
-    command.check_llm(shared, grounding, imagining, world, todo)
+    command.check_llm(shared, grounding, imagining, learning, world, todo)
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
     run.say(plan.in_words(todo, command.minutes(shared, grounding, imagining, learning)))
     if shared.dry_run:

@@ -124,10 +124,10 @@ def test_act_and_report_need_neither_the_data_nor_the_adapter_of_a_run(smoke_run
 
 
 def test_act_without_a_judge_says_so_and_plays_every_action(run, capsys, world):
-    methods = ["bc", "cql+kalm", "llm"]
+    methods = ["bc", "cql+kalm", "dt", "llm"]
     assert act(run, "Räum den Tisch auf, 请", "--methods", ",".join(methods)) == 0
     told = capsys.readouterr().out
-    assert "judge: none is known" in told and told.count("not judged") == 3
+    assert "judge: none is known" in told and told.count("not judged") == 4
     entries = lines_of(run / "logs" / "act.jsonl")
     assert [entry["method"] for entry in entries] == methods
     for entry in entries:
