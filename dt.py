@@ -21,26 +21,11 @@ from data.llm import describe
 from experiment import folder, launch, logs
 from experiment.run import Run
 from ground import GroundingArguments
-from model import ACTION, RETURN, STATE, KalmConfig, KalmForRollouts, matching
-from tasks import Position, Tokenizer
+from model import RETURN, KalmConfig, KalmForRollouts, matching
+from tasks import Tokenizer, returns_to_go
 
 TARGET = 0.9  # quantile of the data's returns that is asked for: seldom reached, and not unheard of
 BATCH = 8  # examples a step on all devices, of six rollouts each
-
-
-def returns_to_go(rewards: np.ndarray) -> np.ndarray:
-    """What is still to be collected before each action: (T,) -> (T,)."""
-    return np.cumsum(rewards[::-1])[::-1]
-
-
-def decision_segments(record, world, tokenizer, seed) -> list[list[Position]]:
-    """g_0, s_0, a_0, g_1, ... of a rollout, of which actions are to be predicted; for `tasks`."""
-    positions = []
-    steps = zip(returns_to_go(record["rewards"]), record["observations"], record["actions"])
-    for to_go, state, action in steps:
-        positions += [Position(RETURN, state=to_go), Position(STATE, state=state)]
-        positions.append(Position(ACTION, action, state, predict=True))
-    return [positions]
 
 
 def return_statistics(rollouts: Sequence[dict]) -> dict[str, float]:
@@ -65,11 +50,7 @@ class DecisionTransformer(KalmForRollouts):
         self.return_embedding = nn.Linear(1, config.hidden_size)
         for parameter in self.return_embedding.parameters():
             nn.init.normal_(parameter, std=config.embedding_rms)
-
-    @property
-    def target_return(self) -> float:
-        """The return that acting begins with: what is asked for."""
-        return self.config.target_return
+        self.target_return = config.target_return
 
     def embed(self, input_ids: Tensor, modality: Tensor, states: Tensor) -> Tensor:
         """As KalmForRollouts does. states: at a return-to-go, its number in each dimension."""
@@ -86,12 +67,14 @@ class DecisionTransformer(KalmForRollouts):
 def arguments(run: Run, steps: int, work: Path) -> GroundingArguments:
     """The recipe by which the run grounded its LLM, or the default where that was an adapter."""
     devices = PartialState().num_processes // launch.cpu_workers()
-    each = max(1, BATCH // devices)  # which the workers on one CPU divide again
+    each = max(launch.cpu_workers(), BATCH // devices)  # workers on one CPU divide it again
     recipe = {**run.recorded("ground"), "per_device_train_batch_size": each}
-    recipe |= {"adapter": "none", "tasks": "generation", "max_steps": steps, "seed": run.seed}
+    recipe |= {"adapter": "none", "max_steps": steps, "seed": run.seed}
     recipe |= {"bf16": run.dtype == torch.bfloat16, "fp16": run.dtype == torch.float16}
     often = {"eval_strategy": "no", "save_steps": 0.1, "logging_steps": 0.01}  # shares of all steps
-    return GroundingArguments(output_dir=str(work), **recipe, **often)
+    settings = GroundingArguments(output_dir=str(work), **recipe, **often)
+    settings.tasks = "decision"  # which --tasks does not offer
+    return settings
 
 
 def learn(run: Run, steps: int, rollouts: Sequence[dict], work: Path) -> list[tuple]:
@@ -107,12 +90,9 @@ def learn(run: Run, steps: int, rollouts: Sequence[dict], work: Path) -> list[tu
     shown = [f"{name} {number:.1f}" for name, number in returns.items()]
     run.say(f"  Decision Transformer: {', '.join(shown)}")
     log_path = run.folder / "logs" / "rl_dt.jsonl"
-    how = (settings, work, log_path, decision_segments)
-    log = ground.train(model, tokenizer, run.world, rollouts, (), *how)
-    curve = []
-    for entry in log:
-        if "loss" in entry:
-            curve.append((entry["step"], entry["loss"], entry.get("grad_norm", 0.0)))
+    log = ground.train(model, tokenizer, run.world, rollouts, (), settings, work, log_path)
+    entries = [entry for entry in log if "loss" in entry]
+    curve = [(entry["step"], entry["loss"], entry.get("grad_norm", 0.0)) for entry in entries]
     weights = weights_of(model)
     if PartialState().is_main_process:
         with logs.curve(log_path.parent, log_path.stem, run.trackers) as note:  # as of policies

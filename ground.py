@@ -9,7 +9,7 @@ import collections
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,24 +252,22 @@ def train(
     settings: GroundingArguments,
     work: Path,
     log_path: Path,
-    segments_of: Callable | None = None,
 ) -> list[dict]:
     """Ground `model` in rollout records, in place. Returns the Trainer's log history.
 
     Works alone and under a launcher, where FSDP leaves the model in shards (see `gathered`). work:
     a folder for checkpoints; what an earlier call left there is where this one goes on.
-    segments_of: see `tasks.make_example`.
     """
     # What the LLM knows of words that the data lack stays as it was.
     model.get_input_embeddings().weight.requires_grad_(False)
     arguments = copy.copy(settings)
     arguments.output_dir = str(work)
     arguments.push_to_hub = False  # the finished model is uploaded, not its checkpoints
-    chosen = (settings.task_names, settings.renamed_copies, settings.seed, segments_of)
+    tasks, copies = settings.task_names, settings.renamed_copies
     trainer = GroundingTrainer(
         model=model,
         args=arguments,
-        train_dataset=GroundingExamples(rollouts, tokenizer, world, *chosen),
+        train_dataset=GroundingExamples(rollouts, tokenizer, world, tasks, copies, settings.seed),
         eval_dataset=held_out,
         data_collator=pack,
         processing_class=tokenizer,

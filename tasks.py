@@ -5,12 +5,13 @@
     generation    goal text           (s_0)                    -> a_0, s_1, a_1, ..., s_T
     consequence   goal text           (s_0)                    -> s_T
     description   "say what is there" s_t, half a sentence     -> the other half (not the paper's)
+    decision      goal text           (g_0, s_0, g_1, s_1 ...) -> a_0, a_1, ... (of dt.py alone)
 An example is a prompt and the segments that share it; many are packed in a row. This file knows
 sequences of positions and no training; sentences come from the world.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import env
-from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT
+from model import ACTION, PAD, RETURN, SEGMENTS, STATE, TASKS, TEXT
 
 # ----------------------------------------------------------------------------------------------
 # Prompts
@@ -39,6 +40,7 @@ OTHER_WORDS = {  # examples take turns among these, so that an answer does not h
         "Summarize the result for someone who did not watch.",
     )
 }
+ASKED_AS = {"decision": "generation"}  # tasks with the prompt of another, which they count as
 # Never trained on, to ask for explanations with
 UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"
 
@@ -126,33 +128,44 @@ def description_segments(record, world, tokenizer, seed) -> list[list[Position]]
     return segments
 
 
+def returns_to_go(rewards: np.ndarray) -> np.ndarray:
+    """What is still to be collected before each action: (T,) -> (T,)."""
+    return np.cumsum(rewards[::-1])[::-1]
+
+
+def decision_segments(record, world, tokenizer, seed) -> list[list[Position]]:
+    """Return-to-go, state and action in turn, of which the actions are to be predicted."""
+    positions = []
+    steps = zip(returns_to_go(record["rewards"]), record["observations"], record["actions"])
+    for to_go, state, action in steps:
+        positions += [Position(RETURN, state=to_go), Position(STATE, state=state)]
+        positions.append(Position(ACTION, action, state, predict=True))
+    return [positions]
+
+
 TASK_EXAMPLES = {  # segments of a rollout, and how many rollouts share one prompt
     "dynamics": (dynamics_segments, 4),
     "explanation": (explanation_segments, 2),
     "generation": (generation_segments, 6),
     "consequence": (consequence_segments, 6),
     "description": (description_segments, 6),
+    "decision": (decision_segments, 6),
 }
 
 
 def make_example(
-    task: str,
-    tokenizer: Tokenizer,
-    world: env.World,
-    rollouts: Sequence[dict],
-    wording: int = 0,
-    segments_of: Callable | None = None,
+    task: str, tokenizer: Tokenizer, world: env.World, rollouts: Sequence[dict], wording: int = 0
 ) -> dict[str, np.ndarray]:
     """One grounding example as arrays over L positions; its rollouts share the first one's goal.
 
     wording: which of the task's prompts, counted round, and the seed of what a task draws.
-    segments_of: makes a rollout's segments behind the task's prompt; None: as TASK_EXAMPLES says.
     Returns input_ids, modality, segments, position_ids, predict, task (L,) and states
     (L, observation_dim), as `KalmForRollouts.forward` takes them. Raises ValueError where there are
     more segments than `SEGMENTS` allows.
     """
-    prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
-    segments_of = segments_of or TASK_EXAMPLES[task][0]
+    asked = ASKED_AS.get(task, task)
+    prompt = text_positions(prompt_ids(tokenizer, asked, rollouts[0]["goal"], wording))
+    segments_of, _ = TASK_EXAMPLES[task]
     segments = [prompt]
     for record in rollouts:
         segments += segments_of(record, world, tokenizer, [wording, len(segments) - 1])
@@ -175,7 +188,7 @@ def make_example(
         "segments": np.repeat(np.arange(len(segments)), [len(segment) for segment in segments]),
         "predict": np.array([position.predict for position in positions]),
         "position_ids": np.concatenate(places),
-        "task": np.full(len(positions), TASKS.index(task)),
+        "task": np.full(len(positions), TASKS.index(asked)),
     }
 
 
@@ -183,16 +196,14 @@ class GroundingExamples(torch.utils.data.Dataset):
     """All examples of rollout records: grouped by goal text, each group once for every task.
 
     copies: how often they all come, from the second time on under a symmetry of the world.
-    segments_of: see `make_example`.
     """
 
-    def __init__(self, rollouts, tokenizer, world, tasks=TASKS, copies=1, seed=0, segments_of=None):
+    def __init__(self, rollouts, tokenizer, world, tasks=TASKS, copies=1, seed=0):
         self.rollouts = rollouts
         self.tokenizer = tokenizer
         self.world = world
         self.copies = copies
         self.seed = seed
-        self.segments_of = segments_of
         rows_of_goal = collections.defaultdict(list)
         for row, record in enumerate(rollouts):
             rows_of_goal[record["goal"]].append(row)
@@ -215,8 +226,7 @@ class GroundingExamples(torch.utils.data.Dataset):
         if copy_number > 0:
             rng = np.random.default_rng([self.seed, index])
             rollouts = self.world.rename(rollouts, rng)
-        how = (self.tokenizer, self.world, rollouts, index, self.segments_of)
-        return make_example(task, *how)
+        return make_example(task, self.tokenizer, self.world, rollouts, wording=index)
 
 
 PADDING = {"modality": PAD, "segments": -1}  # 0 for the rest

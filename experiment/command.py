@@ -179,9 +179,8 @@ def check_llm(
     texts = []
     for goals in imagine.novel_goals_of(world, ground.seed).values():
         texts += [goal.text for goal in goals]
-    steps = world.max_steps
-    if learns_dt:
-        steps = 3 * steps // 2  # it has three positions an action, where rollouts have two
+    # It has three positions an action, where rollouts have two.
+    steps = world.max_steps * 3 // 2 if learns_dt else world.max_steps
     probe.check(llm.resolve(run.llm), texts, steps, ground.keep_layers)
 
 

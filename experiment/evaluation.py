@@ -133,7 +133,7 @@ def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
             f"--report_last {settings.report_last}: learning keeps --last_checkpoints "
             f"{learned.last_checkpoints}; raise it and learn again"
         )
-    models = [method for method in MODELS if method in learned.method_list]
+    models = [method for method in learned.method_list if method in MODELS]
     found = [Trial(method, 0, learned.rl_steps) for method in models]
     for step in reversed(learned.checkpoints):
         for method in learned.learned_methods:

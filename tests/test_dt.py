@@ -22,13 +22,12 @@ from experiment import command, launch
 from experiment.run import Run
 from model import ACTION, PAD, RETURN, SEGMENTS, STATE, KalmForRollouts
 
-LIKE = {"segments_of": dt.decision_segments}
-
 
 def new_dt(world, rollouts, work, llm=None, **options):
     """An untrained Decision Transformer around the tiny LLM, its tokenizer and settings."""
     language_model, tokenizer = tiny_llm(world)
     chosen = grounding_settings(work, **options)
+    chosen.tasks = "decision"
     statistics = observation_statistics(rollouts, world.objects) | dt.return_statistics(rollouts)
     kind = dt.DecisionTransformer
     model = wrap_llm(llm or language_model, world, statistics, chosen, kind)
@@ -42,7 +41,7 @@ def untrained(world, rollouts, tmp_path_factory):
 
 def batch_of(untrained, world, *groups, row_length=256):
     """A packed batch of examples, of rollouts of one goal each."""
-    examples = [tasks.make_example("generation", untrained[1], world, g, **LIKE) for g in groups]
+    examples = [tasks.make_example("decision", untrained[1], world, g) for g in groups]
     return tasks.pack(examples, row_length)
 
 
@@ -55,7 +54,7 @@ def action_logits(model, batch):
 
 
 def test_returns_to_go_are_the_rewards_from_each_action_on():
-    assert dt.returns_to_go(np.array([1.0, -2.0, 100.0])).tolist() == [99, 98, 100]
+    assert tasks.returns_to_go(np.array([1.0, -2.0, 100.0])).tolist() == [99, 98, 100]
 
 
 def test_statistics_are_of_all_returns_to_go_and_the_target_of_whole_rollouts():
@@ -185,13 +184,13 @@ def test_it_does_what_earned_the_return_that_it_is_asked_for(world, rollouts, tm
         own = {"actions": np.array([action]), "rewards": np.array([reward], np.float32)}
         records.append({**rollouts[0], "observations": rollouts[0]["observations"][:2], **own})
     model, tokenizer, chosen = new_dt(world, records, tmp_path, max_steps=40)
-    how = (chosen, tmp_path, tmp_path / "log.jsonl", dt.decision_segments)
+    how = (chosen, tmp_path, tmp_path / "log.jsonl")
     ground.train(model, tokenizer, world, records, (), *how)
     assert model.target_return == 10
     goal = env.goal_of(rollouts[0])
     start = world.state_from_observation(rollouts[0]["observations"][:1])
     for target, action in ((10.0, good), (0.0, bad)):
-        model.config.target_return = target
+        model.target_return = target
         given = (model, tokenizer, world, [goal], world.observe(start))
         (record,) = rollout.generate(*given, states=start, max_steps=1)
         assert record["actions"].tolist() == [action]
@@ -217,7 +216,7 @@ def test_acting_with_a_cache_equals_the_whole_sequence_run_again_at_each_step(
             rewards = [*record["rewards"][:step], 0.0]
             rewards[-1] = model.target_return - sum(rewards)
             asked = {**record, "rewards": np.array(rewards), "actions": taken[: step + 1]}
-            example = tasks.make_example("generation", tokenizer, world, [asked], **LIKE)
+            example = tasks.make_example("decision", tokenizer, world, [asked])
             whole = tasks.pack([example])
             del whole["segments"]  # one rollout: plain causal attention, in a window or not
             logits = action_logits(model, whole)
@@ -233,7 +232,7 @@ def test_training_that_stopped_goes_on_to_the_same_weights(world, rollouts, tmp_
         for stop in stops:
             steady = {"lr_scheduler_type": "constant", "warmup_steps": 0, "save_steps": 1}
             model, tokenizer, chosen = new_dt(world, rollouts, work, max_steps=stop, **steady)
-            how = (chosen, work, work / "log.jsonl", dt.decision_segments)
+            how = (chosen, work, work / "log.jsonl")
             ground.train(model, tokenizer, world, rollouts, (), *how)
         weights.append(model.state_dict())
     torch.testing.assert_close(*weights, rtol=0, atol=0)
@@ -264,7 +263,7 @@ def test_it_is_trained_by_the_recipe_of_grounding_whatever_the_devices(
     trained = {"lora_rank": 0, "new_learning_rate": 0.5, "per_device_train_batch_size": 32}
     ours = arguments({**trained, "num_train_epochs": 2.0, "tasks": "dynamics,generation"})
     assert (ours.lora_rank, ours.new_learning_rate, ours.max_steps) == (0, 0.5, 70)
-    assert ours.task_names == ["generation"]
+    assert ours.task_names == ["decision"]
     monkeypatch.setenv(launch.CPU_WORKERS, str(devices))  # which are one device together
     ours = arguments({**released, "load_in_4bit": False})
     assert ours.per_device_train_batch_size == dt.BATCH // devices
