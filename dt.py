@@ -26,6 +26,7 @@ from tasks import Tokenizer, returns_to_go
 
 TARGET = 0.9  # quantile of the data's returns that is asked for: seldom reached, and not unheard of
 BATCH = 8  # examples a step on all devices, of six rollouts each
+POLICY_STEPS = 16  # of --rl_steps, for one step here, which takes as long as a hundred of them
 
 
 def return_statistics(rollouts: Sequence[dict]) -> dict[str, float]:
@@ -77,11 +78,11 @@ def arguments(run: Run, steps: int, work: Path) -> GroundingArguments:
     return settings
 
 
-def learn(run: Run, steps: int, rollouts: Sequence[dict], work: Path) -> list[tuple]:
-    """Train on rollouts, all processes together -> work/model. Returns the learning curve, a list
-    of (step, loss, gradient norm).
+def learn(run: Run, rl_steps: int, rollouts: Sequence[dict], work: Path) -> list[tuple]:
+    """Train on rollouts, all processes together -> work/model. rl_steps: of policies in this run.
+    Returns the learning curve, a list of (step, loss, gradient norm).
     """
-    settings = arguments(run, steps, work)
+    settings = arguments(run, max(1, rl_steps // POLICY_STEPS), work)
     language_model, tokenizer = run.load_llm_to_train(settings)
     returns = return_statistics(rollouts)
     statistics = observation_statistics(rollouts, run.world.objects) | returns

@@ -72,7 +72,7 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "starts_per_goal": 2, "step_starts": 2, "temperatures": "1,1.3", "candidates": 3,
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",
         "encoder_layers": 0, "rl_steps": 60, "rl_batch": 32, "conservative_weight": 1.0, "seeds": 2,
-        "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,dt,llm", "dt_steps": 8,
+        "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,dt,llm",
         "rl_snapshot_steps": 20, "curve_points": 2, "last_checkpoints": 2, "episodes": 6,
         "episode_steps": 10, "curve_episodes": 4,
     },
@@ -295,7 +295,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
         curves.append((method, curve))
     curves = dict(gather_object(curves))
     if rl.DT in settings.method_list:
-        curves[rl.DT] = dt.learn(run, settings.dt_steps, real, work / rl.DT)
+        curves[rl.DT] = dt.learn(run, settings.rl_steps, real, work / rl.DT)
     if state.is_main_process:
         with folder.replacing(run.folder / "policies") as aside:
             aside.mkdir()

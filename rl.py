@@ -280,12 +280,10 @@ class LearnArguments:
     rl_snapshot_steps: int = setting(RLConfig.snapshot_steps, "gradient steps between snapshots")
     curve_points: int = setting(5, "policies kept on the way")
     last_checkpoints: int = setting(5, "and a fiftieth apart, to the end")
-    dt_steps: int = setting(1000, "gradient steps of dt, the Decision Transformer")
 
     def __post_init__(self):
         self.encoder = absolute(self.encoder, "llm")
         at_least(1, self, "rl_steps", "rl_batch", "seeds", "rl_snapshot_steps", "last_checkpoints")
-        at_least(1, self, "dt_steps")
         at_least(0, self, "curve_points", "goal_dimensions")
         at_least(0, self, "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")

@@ -216,7 +216,7 @@ def minutes(
         "learn": 15 + 6.7e-6 * rows,
     }
     if DT in learn.method_list:
-        seconds["learn"] += 0.1 * layers * learn.dt_steps
+        seconds["learn"] += 6e-3 * layers * learn.rl_steps
     if ground.trains and ground.max_steps <= 0:
         del seconds["ground"]  # the data say how many steps a pass has
     return {} if torch.cuda.is_available() else {k: v / 60 for k, v in seconds.items()}

@@ -17,7 +17,7 @@ import ground
 import rl
 import rollout
 import tasks
-from data.grounded import observation_statistics, wrap_llm
+from data.grounded import load_grounded, observation_statistics, wrap_llm
 from experiment import command, launch
 from experiment.run import Run
 from model import ACTION, PAD, RETURN, SEGMENTS, STATE, KalmForRollouts
@@ -248,7 +248,7 @@ class Recorded(Run):
         return self.llm
 
 
-@pytest.mark.parametrize("devices", (1, 2, 8))
+@pytest.mark.parametrize("devices", (1, 2, 16))
 def test_it_is_trained_by_the_recipe_of_grounding_whatever_the_devices(
     tmp_path, monkeypatch, devices
 ):
@@ -259,14 +259,15 @@ def test_it_is_trained_by_the_recipe_of_grounding_whatever_the_devices(
     released = {"adapter": "released", "keep_layers": 6, "num_train_epochs": 0.0}
     ours = arguments({**released, "load_in_4bit": False})
     assert (ours.adapter, ours.max_steps, ours.seed, ours.keep_layers) == ("none", 70, 3, 6)
-    assert ours.lora_rank == 64 and ours.per_device_train_batch_size == dt.BATCH // devices
+    each = max(1, dt.BATCH // devices)
+    assert ours.lora_rank == 64 and ours.per_device_train_batch_size == each
     trained = {"lora_rank": 0, "new_learning_rate": 0.5, "per_device_train_batch_size": 32}
     ours = arguments({**trained, "num_train_epochs": 2.0, "tasks": "dynamics,generation"})
     assert (ours.lora_rank, ours.new_learning_rate, ours.max_steps) == (0, 0.5, 70)
     assert ours.task_names == ["decision"]
     monkeypatch.setenv(launch.CPU_WORKERS, str(devices))  # which are one device together
     ours = arguments({**released, "load_in_4bit": False})
-    assert ours.per_device_train_batch_size == dt.BATCH // devices
+    assert ours.per_device_train_batch_size == each
 
 
 def test_an_llm_too_short_for_three_positions_an_action_is_refused_before_it_learns(
@@ -284,8 +285,11 @@ def test_an_llm_too_short_for_three_positions_an_action_is_refused_before_it_lea
     assert asked == [75, 50]  # of 50 actions; the last learns nothing that an LLM is needed for
 
 
+def test_what_cannot_be_loaded_is_to_be_learned_anew(world, tmp_path):
+    with pytest.raises(ValueError, match="redo it with `--stage learn --force`"):
+        load_grounded(tmp_path / "dt", world, kind=dt.DecisionTransformer)
+
+
 def test_it_learns_from_real_rollouts_alone():
     with pytest.raises(ValueError, match=r"unknown method 'dt\+kalm'; did you mean"):
         rl.LearnArguments(methods="dt+kalm")
-    with pytest.raises(ValueError, match="--dt_steps must be at least 1, got 0"):
-        rl.LearnArguments(methods="dt", dt_steps=0)
