@@ -264,7 +264,8 @@ def generate_all(
     max_steps = options.get("max_steps") or world.max_steps
     if batch_size is None:
         longest = max((goal.text for goal in goals), key=len, default="")
-        positions = len(prompt_ids(tokenizer, "generation", longest)) + 2 * max_steps
+        an_action = 2 if model.target_return is None else 3  # positions, as a return comes too
+        positions = len(prompt_ids(tokenizer, "generation", longest)) + an_action * max_steps
         batch_size = fitting_batch(model, positions + max(counts, default=0), shared)
 
     def work(rows):

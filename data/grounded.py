@@ -144,8 +144,8 @@ def whole_model(path: Path, kind: type[KalmForRollouts]) -> KalmForRollouts:
     """A model of which all weights were saved. Raises ValueError if some are missing or unknown."""
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     model, found = kind.from_pretrained(path, **options)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
-            weight = min(map(str, found[kind]))
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[problem]:
+            weight = min(map(str, found[problem]))
             raise ValueError(f"the weight {weight} is missing or unknown")
     return model
