@@ -37,6 +37,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+import dt
 import env
 import ground
 import rl
@@ -71,9 +72,9 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "starts_per_goal": 2, "step_starts": 2, "temperatures": "1,1.3", "candidates": 3,
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",
         "encoder_layers": 0, "rl_steps": 60, "rl_batch": 32, "conservative_weight": 1.0, "seeds": 2,
-        "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,llm", "rl_snapshot_steps": 20,
-        "curve_points": 2, "last_checkpoints": 2, "episodes": 6, "episode_steps": 10,
-        "curve_episodes": 4,
+        "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,dt,llm",
+        "rl_snapshot_steps": 20, "curve_points": 2, "last_checkpoints": 2, "episodes": 6,
+        "episode_steps": 10, "curve_episodes": 4,
     },
     "quick": {
         "train_goals": 1200, "novel_goals": 40, "starts_per_goal": 6, "step_starts": 10,
@@ -161,9 +162,7 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
     """The LLM, fine-tuned on the real rollouts or with an adapter added -> grounded/."""
     real, held_out = run.real_rollouts()
     own_data = run.recorded("collect")["data"]
-    dtype = run.dtype if settings.adds_lora else torch.float32  # what is trained stays float32
-    options = {"dtype": dtype, "in_4bit": settings.load_in_4bit}
-    language_model, tokenizer = run.load_llm(settings.keep_layers, **options)
+    language_model, tokenizer = run.load_llm_to_train(settings)
     metrics = {"log": []}
     if settings.adapter != "none":
         adapter = grounded.adapter_folder(settings.adapter)
@@ -258,7 +257,7 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
 
 
 def learn(run: Run, settings: LearnArguments, work: Path) -> None:
-    """Policies of every method, all seeds at once -> policies/."""
+    """Policies of every method, all seeds at once, and the Decision Transformer -> policies/."""
     state = PartialState()
     real, held_out = run.real_rollouts()
     goals = run.novel_goals()
@@ -295,6 +294,8 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
             )  # fmt: skip
         curves.append((method, curve))
     curves = dict(gather_object(curves))
+    if rl.DT in settings.method_list:
+        curves[rl.DT] = dt.learn(run, settings.rl_steps, real, work / rl.DT)
     if state.is_main_process:
         with folder.replacing(run.folder / "policies") as aside:
             aside.mkdir()
@@ -303,6 +304,9 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
                 name = settings.policy_file(method, step)
                 (aside / name).parent.mkdir(exist_ok=True)
                 shutil.copy(work / name, aside / name)
+            if rl.DT in curves:
+                shutil.copytree(work / rl.DT / "model", aside / rl.DT)
+                methods.append(rl.DT)
             losses = {method: [entry[:2] for entry in curves[method]] for method in methods}
             norms = {method: [entry[::2] for entry in curves[method]] for method in methods}
             folder.write_json(aside / "curves.json", losses)
@@ -314,7 +318,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
 
 
 def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
-    """Success rates of every policy, and of the LLM as policy, on all levels -> results.json."""
+    """Success rates of every policy, and of LLMs as policies, on all levels -> results.json."""
     state = PartialState()
     learned = LearnArguments(**run.recorded("learn"))
     goals = run.goals_to_evaluate(settings.episodes)
@@ -322,14 +326,14 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     rngs = [run.rng(7, number) for number in range(learned.seeds)]
     starts = [env.unfulfilled_states(run.world, rng, all_goals) for rng in rngs]
     evaluation = Evaluation(learned, settings, goals, starts)
-    all_trials = trials(learned, settings)
-    mine = all_trials[state.process_index :: state.num_processes]
-    of_policies = [trial for trial in mine if trial.method != rl.LLM]
+    mine = trials(learned, settings)[state.process_index :: state.num_processes]
+    of_policies = [trial for trial in mine if trial.method not in rl.MODELS]
     won = evaluation.play(run.world, run.folder / "policies", of_policies)
     for trial in mine:
-        if trial.method == rl.LLM:
+        if trial.method in rl.MODELS:
             steps = min(settings.episode_steps, run.world.max_steps)
-            records = play_llm(run, run.load_grounded(), all_goals, starts[0], steps)
+            model = dt.load(run) if trial.method == rl.DT else run.load_grounded()
+            records = play_llm(run, model, all_goals, starts[0], steps)
             outcomes = [record["success"] for record in records]
             won.append((trial, np.array(outcomes)))
     won = dict(gather_object(won))
@@ -342,9 +346,9 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
 
 
 def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
-    """Episodes of the LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
+    """Episodes of an LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
     obs = run.world.observe(starts)
-    options = {"states": starts, "max_steps": max_steps, "description": "the LLM as policy"}
+    options = {"states": starts, "max_steps": max_steps, "description": "an LLM as policy"}
     with run.autocast():
         return rollout.generate_all(*model, run.world, goals, obs, **options)
 
@@ -362,7 +366,7 @@ def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
         table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
         formats.export(run.folder, settings.kinds, run.world, table.of_texts)
     print("\n".join(["", *report.results_table(results), ""]))
-    print(f"rates of {report.most_episodes(results)} episodes (llm: one seed); see report.html")
+    print(f"rates of {report.most_episodes(results)} episodes (llm, dt: one seed); see report.html")
 
 
 def act(run: Run, settings: episode.Acting, work: Path) -> None:
@@ -382,8 +386,9 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
     rng = np.random.default_rng([settings.start_seed, 8])
     start = env.unfulfilled_states(run.world, rng, [goal])
     for method in episode.actors(run.folder, rl.method_names(), settings.methods):
-        if method == rl.LLM:
-            (record,) = play_llm(run, model, [goal], start, run.world.max_steps)
+        if method in rl.MODELS:
+            acting = dt.load(run) if method == rl.DT else model
+            (record,) = play_llm(run, acting, [goal], start, run.world.max_steps)
         else:
             path = run.folder / "policies" / f"{method}.safetensors"
             policy = read_policy(path, 0, table, [goal])
@@ -407,7 +412,6 @@ STAGES = {  # function, what it reads and writes, settings of the run that it fo
     "report": Stage(write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html",)),
     "act": Stage(act, ("ground", "imagine", "learn")),
 }
-
 
 HELP = {"-h", "--help"}
 
@@ -474,7 +478,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     dtype = command.dtype_of(grounding)
     run = Run(manifest.run, world, shared.llm, seed, dtype, [*grounding.report_to])
     todo = plan.to_do()
-    command.check_llm(shared, grounding, imagining, world, todo)
+    command.check_llm(shared, grounding, imagining, learning, world, todo)
     run.say(f"KALM, scale {shared.scale}, {shared.llm} in {shared.env} -> {run.folder}")
     run.say(plan.in_words(todo))
     if shared.dry_run:

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from data.llm import check_shapes, load_described
 
-PAD, TEXT, STATE, ACTION = -1, 0, 1, 2  # modality of a position
+PAD, TEXT, STATE, ACTION, RETURN = -1, 0, 1, 2, 3  # modality of a position
 SEGMENTS = 1024  # at most so many segments in an example
 TASKS = ("dynamics", "explanation", "generation", "consequence", "description")
 LOSS_WEIGHTS = {"text": 1.0, "action": 0.5, "state": 0.5}  # paper, section 4.1
@@ -41,9 +41,8 @@ class KalmConfig(PreTrainedConfig):
     objects: how many like objects a state lists; an action is object * moves + move.
     frequencies: of the sines and cosines that enter beside each normalised number of a state.
     embedding_rms: root mean square that state and action embeddings start with.
-    lora_rank: 0 tunes the backbone's own weights, else low-rank adapters on its linear layers:
-    lora_targets names these with commas ("all-linear": all but the output), lora_alpha / lora_rank
-    scales what they add, lora_dropout is the rate at which training drops their inputs.
+    lora_rank: of adapters on the linear layers that lora_targets names with commas ("all-linear":
+    all but the output), whose product counts lora_alpha / lora_rank times; 0: all weights train.
     base: the language model that adapters belong to, as `data.llm.describe` gives it.
     """
 
@@ -176,6 +175,7 @@ class KalmForRollouts(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    target_return = None  # what a Decision Transformer asks for (dt.py)
 
     def __init__(self, config: KalmConfig, backbone: PreTrainedModel | None = None):
         """backbone: a causal LM to adopt as it is; None: a new one of the configuration."""

@@ -237,11 +237,13 @@ ALGORITHMS: dict[str, type[Algorithm]] = {"bc": BC, "cql": CQL, "iql": IQL, "awa
 SOURCES = ("", "+relabel", "+kalm", "+both")  # rollouts to learn from beside the real ones
 EPOCHS = 50  # of the paper's training curves
 LLM = "llm"  # the method that learns nothing: the grounded model acts
+DT = "dt"  # the Decision Transformer, which is trained as the LLM is grounded
+MODELS = (LLM, DT)  # methods without a small policy: a language model acts, of one seed
 
 
 def method_names() -> list[str]:
-    """All methods: each algorithm with each source, and the LLM as policy."""
-    return ["".join(pair) for pair in itertools.product(ALGORITHMS, SOURCES)] + [LLM]
+    """All methods: each algorithm with each source, and language models as policies."""
+    return ["".join(pair) for pair in itertools.product(ALGORITHMS, SOURCES)] + [*MODELS]
 
 
 def algorithm_of(method: str) -> str:
@@ -272,7 +274,7 @@ class LearnArguments:
     imaginary_share: float = setting(RLConfig.imaginary_share, "of each batch")
     methods: str = setting(
         "bc,bc+relabel,bc+kalm,bc+both,cql,cql+relabel,cql+kalm,cql+both,llm",
-        f"to learn and evaluate: {', '.join(ALGORITHMS)} with {', '.join(SOURCES[1:])}; llm",
+        f"to learn and evaluate: {', '.join(ALGORITHMS)} with {', '.join(SOURCES[1:])}; llm, dt",
     )
     seeds: int = setting(3, "policies for each method")
     rl_snapshot_steps: int = setting(RLConfig.snapshot_steps, "gradient steps between snapshots")
@@ -307,7 +309,7 @@ class LearnArguments:
 
     @property
     def learned_methods(self) -> list[str]:
-        return [method for method in self.method_list if method != LLM]
+        return [method for method in self.method_list if method not in MODELS]
 
     @property
     def checkpoints(self) -> list[int]:

@@ -165,15 +165,22 @@ def generate(
     obs = np.array(observations, np.float32)
     paths = [[row] for row in obs]
     taken = [[] for _ in goals]
+    is_given_returns = model.target_return is not None  # a Decision Transformer
+    returns_to_go = np.full(len(goals), model.target_return or 0.0, np.float32)
     sequences = prefill(model, tokenizer, goals)
     running = np.arange(len(goals))
     for step in range(max_steps):
+        if is_given_returns:
+            to_go = torch.as_tensor(returns_to_go[running], device=model.device)
+            sequences.feed(model.embed_returns(to_go))
         sequences.feed(model.embed_states(torch.as_tensor(obs, device=model.device)))
         logits = model.action_logits(sequences.hidden).float().cpu().numpy()
         tried = sample_actions(logits, temperature, noise[running, step], candidates)
         actions, after = imagine_step(sequences, world, encoded[running], obs, tried)
         if simulator is not None:
             after = simulator.step(running, actions)
+        if is_given_returns:
+            returns_to_go[running] -= world.reward(encoded[running], obs, after, actions)
         texts = [goals[row].text for row in running]
         seen = {"state": torch.from_numpy(after)}
         finite.check(f"rollout, action {step + 1}", seen, seen.values(), about=texts.__getitem__)
@@ -257,21 +264,16 @@ def generate_all(
     max_steps = options.get("max_steps") or world.max_steps
     if batch_size is None:
         longest = max((goal.text for goal in goals), key=len, default="")
-        positions = len(prompt_ids(tokenizer, "generation", longest)) + 2 * max_steps
+        an_action = 2 if model.target_return is None else 3  # positions, as a return comes too
+        positions = len(prompt_ids(tokenizer, "generation", longest)) + an_action * max_steps
         batch_size = fitting_batch(model, positions + max(counts, default=0), shared)
 
     def work(rows):
-        return generate(
-            model,
-            tokenizer,
-            world,
-            [goals[row] for row in rows],
-            observations[rows],
-            numbers=numbers[rows],
-            states=None if states is None else states[rows],
-            candidates=int(counts[rows[0]]),
-            **options,
-        )
+        of_rows = {"numbers": numbers[rows], "candidates": int(counts[rows[0]])}
+        if states is not None:
+            of_rows["states"] = states[rows]
+        asked = [goals[row] for row in rows]
+        return generate(model, tokenizer, world, asked, observations[rows], **of_rows, **options)
 
     batches = batches_of(goals, counts, batch_size)
     steps = np.where(world.one_step(world.encode_goals(goals)), 1, max_steps)

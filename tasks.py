@@ -5,6 +5,7 @@
     generation    goal text           (s_0)                    -> a_0, s_1, a_1, ..., s_T
     consequence   goal text           (s_0)                    -> s_T
     description   "say what is there" s_t, half a sentence     -> the other half (not the paper's)
+    decision      goal text           (g_0, s_0, g_1, s_1 ...) -> a_0, a_1, ... (of dt.py alone)
 An example is a prompt and the segments that share it; many are packed in a row. This file knows
 sequences of positions and no training; sentences come from the world.
 """
@@ -18,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import env
-from model import ACTION, PAD, SEGMENTS, STATE, TASKS, TEXT
+from model import ACTION, PAD, RETURN, SEGMENTS, STATE, TASKS, TEXT
 
 # ----------------------------------------------------------------------------------------------
 # Prompts
@@ -39,6 +40,7 @@ OTHER_WORDS = {  # examples take turns among these, so that an answer does not h
         "Summarize the result for someone who did not watch.",
     )
 }
+ASKED_AS = {"decision": "generation"}  # tasks with the prompt of another, which they count as
 # Never trained on, to ask for explanations with
 UNSEEN_PROMPT = "In one sentence, what did the robot bring about?"
 
@@ -63,7 +65,7 @@ class Position(NamedTuple):
 
     modality: int
     index: int = 0  # of the token or action
-    state: np.ndarray | None = None  # of an action, the state that it is taken in
+    state: np.ndarray | float | None = None  # of an action that before it; or a return-to-go
     predict: bool = False
 
 
@@ -126,12 +128,28 @@ def description_segments(record, world, tokenizer, seed) -> list[list[Position]]
     return segments
 
 
+def returns_to_go(rewards: np.ndarray) -> np.ndarray:
+    """What is still to be collected before each action: (T,) -> (T,)."""
+    return np.cumsum(rewards[::-1])[::-1]
+
+
+def decision_segments(record, world, tokenizer, seed) -> list[list[Position]]:
+    """Return-to-go, state and action in turn, of which the actions are to be predicted."""
+    positions = []
+    steps = zip(returns_to_go(record["rewards"]), record["observations"], record["actions"])
+    for to_go, state, action in steps:
+        positions += [Position(RETURN, state=to_go), Position(STATE, state=state)]
+        positions.append(Position(ACTION, action, state, predict=True))
+    return [positions]
+
+
 TASK_EXAMPLES = {  # segments of a rollout, and how many rollouts share one prompt
     "dynamics": (dynamics_segments, 4),
     "explanation": (explanation_segments, 2),
     "generation": (generation_segments, 6),
     "consequence": (consequence_segments, 6),
     "description": (description_segments, 6),
+    "decision": (decision_segments, 6),
 }
 
 
@@ -145,7 +163,8 @@ def make_example(
     (L, observation_dim), as `KalmForRollouts.forward` takes them. Raises ValueError where there are
     more segments than `SEGMENTS` allows.
     """
-    prompt = text_positions(prompt_ids(tokenizer, task, rollouts[0]["goal"], wording))
+    asked = ASKED_AS.get(task, task)
+    prompt = text_positions(prompt_ids(tokenizer, asked, rollouts[0]["goal"], wording))
     segments_of, _ = TASK_EXAMPLES[task]
     segments = [prompt]
     for record in rollouts:
@@ -169,7 +188,7 @@ def make_example(
         "segments": np.repeat(np.arange(len(segments)), [len(segment) for segment in segments]),
         "predict": np.array([position.predict for position in positions]),
         "position_ids": np.concatenate(places),
-        "task": np.full(len(positions), TASKS.index(task)),
+        "task": np.full(len(positions), TASKS.index(asked)),
     }
 
 

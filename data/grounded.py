@@ -42,19 +42,19 @@ def adapter_hash(name: str) -> str:
 
 
 def wrap_llm(
-    llm: PreTrainedModel, world: env.World, statistics: Mapping[str, list[float]], settings
+    llm: PreTrainedModel, world: env.World, statistics: Mapping, settings, kind=KalmForRollouts
 ) -> KalmForRollouts:
     """A model to ground around an LLM, of which layers or all weights may start anew.
 
     statistics: of the rollouts, as `observation_statistics` gives them. settings:
-    `ground.GroundingArguments`.
+    `ground.GroundingArguments`. kind: class of the model.
     """
     if settings.fresh_layers:
         llm_source.forget_layers(llm, settings.fresh_layers, settings.seed)
     if settings.random_weights:
         llm = transformers.AutoModelForCausalLM.from_config(llm.config)
     options = {**model_options(world, settings), **statistics}
-    return KalmForRollouts.from_llm(llm, settings.embedding_scale, settings.seed, **options)
+    return kind.from_llm(llm, settings.embedding_scale, settings.seed, **options)
 
 
 def model_options(world: env.World, settings) -> dict:
@@ -111,19 +111,24 @@ def upload(path: Path, settings) -> None:
 
 
 def load_grounded(
-    path: Path, world: env.World, dtype: torch.dtype = torch.float32, in_4bit: bool = False
+    path: Path,
+    world: env.World,
+    dtype: torch.dtype = torch.float32,
+    in_4bit: bool = False,
+    kind: type[KalmForRollouts] = KalmForRollouts,
 ) -> tuple[KalmForRollouts, PreTrainedTokenizerBase]:
-    """The model that `ground` wrote, and its tokenizer. The LLM's weights are in a dtype and have
-    LoRA merged, or they are in 4 bits and LoRA stays beside them.
+    """The model of a kind that `ground` or `learn` wrote, and its tokenizer. The LLM's weights are
+    in a dtype and have LoRA merged, or they are in 4 bits and LoRA stays beside them.
 
     Raises ValueError if it is none, or was made for a world of other sizes.
     """
-    advice = "redo it with `--stage ground --force`"
+    stage = "ground" if kind is KalmForRollouts else "learn"
+    advice = f"redo it with `--stage {stage} --force`"
     try:
         if KalmConfig.from_pretrained(path).lora_rank:
-            model = KalmForRollouts.from_pretrained(path, dtype=dtype, in_4bit=in_4bit)
+            model = kind.from_pretrained(path, dtype=dtype, in_4bit=in_4bit)
         else:
-            model = whole_model(path)
+            model = whole_model(path, kind)
             model.backbone.to(dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise for a folder that is damaged
@@ -142,12 +147,12 @@ def load_grounded(
     return model.eval(), tokenizer
 
 
-def whole_model(path: Path) -> KalmForRollouts:
+def whole_model(path: Path, kind: type[KalmForRollouts]) -> KalmForRollouts:
     """A model of which all weights were saved. Raises ValueError if some are missing or unknown."""
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    model, found = KalmForRollouts.from_pretrained(path, **options)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
-            weight = min(map(str, found[kind]))
+    model, found = kind.from_pretrained(path, **options)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[problem]:
+            weight = min(map(str, found[problem]))
             raise ValueError(f"the weight {weight} is missing or unknown")
     return model

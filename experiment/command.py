@@ -19,7 +19,7 @@ from experiment import launch, probe
 from experiment.folder import Manifest, read_json, sha256
 from experiment.settings import absolute, at_least, setting
 from ground import TRAINING_SETTINGS, GroundingArguments
-from rl import LearnArguments
+from rl import DT, LearnArguments
 from rollout import ImagineArguments
 
 LAPTOP_STEPS = 3300  # of grounding at a laptop's scales, where the released adapter does not fit
@@ -165,13 +165,15 @@ def check_llm(
     run: RunArguments,
     ground: GroundingArguments,
     imagine: ImagineArguments,
+    learn: LearnArguments,
     world: env.World,
     todo: Sequence[str],
 ) -> None:
     """Raise ValueError if a stage that is to be done needs a language model that cannot be used
     exactly. Takes seconds.
     """
-    is_needed = "ground" in todo or "imagine" in todo
+    learns_dt = "learn" in todo and DT in learn.method_list
+    is_needed = "ground" in todo or "imagine" in todo or learns_dt
     is_nowhere = run.dry_run and llm.must_be_fetched(run.llm)
     is_asked = is_needed and PartialState().is_main_process
     if run.llm == llm.TINY or is_nowhere or not is_asked:
@@ -179,7 +181,9 @@ def check_llm(
     texts = []
     for goals in imagine.novel_goals_of(world, ground.seed).values():
         texts += [goal.text for goal in goals]
-    probe.check(llm.resolve(run.llm), texts, world.max_steps, ground.keep_layers)
+    # It has three positions an action, where rollouts have two.
+    steps = world.max_steps * 3 // 2 if learns_dt else world.max_steps
+    probe.check(llm.resolve(run.llm), texts, steps, ground.keep_layers)
 
 
 def check_adapter(settings: GroundingArguments, world: env.World) -> None:

@@ -36,7 +36,8 @@ def actors(run: Path, methods: Sequence[str], named: Sequence[str]) -> list[str]
 
     methods: all that there can be. Raises ValueError for a named one that the run does not have.
     """
-    learned = [name for name in methods if (run / "policies" / f"{name}.safetensors").is_file()]
+    kept = {path.stem for path in (run / "policies").iterdir()}
+    learned = [name for name in methods if name in kept]
     able = [*learned, "llm"]
     for method in named:
         if method not in able:

@@ -19,7 +19,7 @@ import env
 from data.policies import load_policy
 from data.transitions import GoalTable
 from experiment.settings import at_least, setting
-from rl import LLM, LearnArguments
+from rl import MODELS, LearnArguments
 
 
 @dataclass
@@ -127,13 +127,14 @@ class Trial(NamedTuple):
 
 
 def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
-    """All that is evaluated: first the LLM, then policies, the last checkpoints before others."""
+    """All that is evaluated: language models, then policies, the last checkpoints before others."""
     if settings.report_last > learned.last_checkpoints:
         raise ValueError(
             f"--report_last {settings.report_last}: learning keeps --last_checkpoints "
             f"{learned.last_checkpoints}; raise it and learn again"
         )
-    found = [Trial(LLM, 0, learned.rl_steps)] if LLM in learned.method_list else []
+    models = [method for method in learned.method_list if method in MODELS]
+    found = [Trial(method, 0, learned.rl_steps) for method in models]
     for step in reversed(learned.checkpoints):
         for method in learned.learned_methods:
             found += [Trial(method, number, step) for number in range(learned.seeds)]
@@ -201,7 +202,7 @@ class Evaluation:
             for method in self.learned.method_list:
                 cell = self.reported(won, method, level)
                 results["success"].setdefault(method, {})[level] = cell
-                if method == LLM or len(self.learned.checkpoints) == 1:
+                if method in MODELS or len(self.learned.checkpoints) == 1:
                     continue
                 curve = self.curve(won, method, level)
                 results["curves"].setdefault(method, {})[level] = curve
@@ -215,7 +216,7 @@ class Evaluation:
         """Success of a method at a level, with the outcome of each episode by seed."""
         rows = self.rows(level, of_curve=False)
         seeds, steps = range(self.learned.seeds), self.reported_steps
-        if method == LLM:
+        if method in MODELS:
             seeds, steps = [0], [self.learned.rl_steps]
         outcomes = []
         for seed in seeds:

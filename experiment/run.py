@@ -57,6 +57,12 @@ class Run:
         texts = [*self.world.vocabulary(), *PROMPTS.values()]
         return llm.load(llm.resolve(self.llm), keep_layers, self.seed, texts, **options)
 
+    def load_llm_to_train(self, settings) -> tuple[PreTrainedModel, Tokenizer]:
+        """The same, to be wrapped and trained as `ground.GroundingArguments` say."""
+        dtype = self.dtype if settings.adds_lora else torch.float32  # what is trained stays float32
+        options = {"dtype": dtype, "in_4bit": settings.load_in_4bit}
+        return self.load_llm(settings.keep_layers, **options)
+
     def llm_without_weights(self, keep_layers: int) -> tuple[PreTrainedConfig, Tokenizer]:
         """The configuration of the language model, cut, and its tokenizer."""
         name = llm.resolve(self.llm)
@@ -76,11 +82,15 @@ class Run:
             tokenizer = llm.load_tokenizer(name)
         return encoder.to(PartialState().device), tokenizer
 
-    def load_grounded(self) -> tuple[KalmForRollouts, Tokenizer]:
-        """The grounded model on this process's device, and its tokenizer."""
+    def load_grounded(
+        self, name: str = "grounded", kind: type[KalmForRollouts] = KalmForRollouts
+    ) -> tuple[KalmForRollouts, Tokenizer]:
+        """The grounded model, or another in the run's folder, on this process's device, and its
+        tokenizer.
+        """
         in_4bit = self.recorded("ground")["load_in_4bit"]
-        path = self.folder / "grounded"
-        model, tokenizer = grounded.load_grounded(path, self.world, self.dtype, in_4bit)
+        how = (self.world, self.dtype, in_4bit, kind)
+        model, tokenizer = grounded.load_grounded(self.folder / name, *how)
         # Products of few rows round by where weights lie in memory, and one process maps the file
         # where several copy it: in copies all lie alike.
         for parameter in model.parameters():

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import env
 import ground
 import kalm
+import rl
 import tasks
 from data.rollouts import read_rollouts
 from experiment import folder
@@ -74,12 +75,12 @@ def assert_complete(results):
             rates = cell.pop("seeds")
             outcomes = cell.pop("outcomes")
             assert [text.count("1") / 6 for text in outcomes] == pytest.approx(rates)
-            assert (
-                len(rates) == (1 if method == "llm" else 2) and 0 <= min(rates) <= max(rates) <= 1
-            )
+            assert len(rates) == (1 if method in rl.MODELS else 2)
+            assert 0 <= min(rates) <= max(rates) <= 1
             expected = {"mean": np.mean(rates), "std": np.std(rates), "episodes": 6 * len(rates)}
             assert cell == pytest.approx(expected)
-    for method in methods[:-1]:
+    assert set(results["curves"]) == set(methods) - set(rl.MODELS)
+    for method in results["curves"]:
         for level in env.LEVELS:
             steps = [step for step, rates in results["curves"][method][level] if len(rates) == 2]
             assert steps == [30, 59, 60]

@@ -106,10 +106,11 @@ MOMENTS = {  # stage, the call that is not made any more, steps and rounds that 
     "half a third round of seven": ("imagine", os, "replace", 4, 5),
     "three rounds": ("imagine", rollout, "self_check", 4, 4),
     "all rounds": ("imagine", kalm, "write_rollouts", 3, 0),
-    "40 of 60 steps of method 2 of 6": ("learn", rl.Training, "save", 6, 260),
-    "one method, and 20 steps of another": ("learn", rl, "save_policy", 4, 280),
+    "40 of 60 steps of method 2 of 6": ("learn", rl.Training, "save", 6, 263),
+    "one method, and 20 steps of another": ("learn", rl, "save_policy", 4, 283),
+    "two of three steps of the Decision Transformer": ("learn", logs.LogLines, "on_log", 3, 1),
     "all methods": ("learn", shutil, "copy", 3, 0),
-    "all policies, not yet in their place": ("learn", os, "replace", 40, 0),
+    "all policies, not yet in their place": ("learn", os, "replace", 44, 0),
     "results that are not noted": ("evaluate", folder.Manifest, "note", 1, 1),
 }
 

@@ -127,10 +127,10 @@ def test_act_and_report_need_no_file_that_earlier_stages_read(smoke_run, tmp_pat
 
 
 def test_act_without_a_judge_says_so_and_plays_every_action(run, capsys, world):
-    methods = ["bc", "cql+kalm", "llm"]
+    methods = ["bc", "cql+kalm", "dt", "llm"]
     assert act(run, "Räum den Tisch auf, 请", "--methods", ",".join(methods)) == 0
     told = capsys.readouterr().out
-    assert "judge: none is known" in told and told.count("not judged") == 3
+    assert "judge: none is known" in told and told.count("not judged") == 4
     entries = lines_of(run / "logs" / "act.jsonl")
     assert [entry["method"] for entry in entries] == methods
     for entry in entries:
