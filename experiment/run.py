@@ -3,6 +3,7 @@
 This file knows where things lie in a run's folder, and nothing of what the stages do with them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import env
 from data import grounded, llm
 from data.rollouts import read_rollouts
-from experiment import folder
+from data.transitions import GoalTable
+from experiment import folder, words
 from model import KalmForRollouts
 from tasks import PROMPTS
 
@@ -44,6 +46,14 @@ class Run:
     def recorded(self, stage: str) -> dict:
         """The settings that a finished stage had."""
         return folder.Manifest(self.folder).stages[stage]["settings"]
+
+    def figures(self) -> dict[str, dict]:
+        """What earlier stages measured: quality, grounding, words."""
+        grounding = folder.read_json(self.folder / "grounded" / "metrics.json")
+        del grounding["log"]
+        figures = {"quality": folder.read_json(self.folder / "quality.json")}
+        words = folder.read_json(self.folder / "words.json")
+        return {**figures, "grounding": grounding, "words": words}
 
     # Models
 
@@ -88,6 +98,13 @@ class Run:
                 parameter.data = parameter.data.clone()
         return model.to(PartialState().device), tokenizer
 
+    def goal_table(self, texts: Sequence[str], encoder: str, layers: int) -> GoalTable:
+        """The policies' goal encodings, with those of more texts by the encoder that they have."""
+        table = GoalTable.load(self.folder / "policies" / "goals.safetensors")
+        if all(text in table.index for text in texts):
+            return table
+        return table.with_texts(texts, *self.load_encoder(encoder, layers))
+
     # Rollouts and goals
 
     def real_rollouts(self) -> tuple[list[dict], list[dict]]:
@@ -106,8 +123,14 @@ class Run:
 
     def imagined_rollouts(self) -> dict[str, list[dict]]:
         """All imagined rollouts by level."""
-        folders = {level: self.folder / "rollouts" / level for level in self.novel_goals()}
+        levels = [level for level in self.novel_goals() if level != env.WORDS]
+        folders = {level: self.folder / "rollouts" / level for level in levels}
         return {level: read_rollouts(path, self.world) for level, path in folders.items()}
+
+    def word_questions(self) -> list[words.Question]:
+        """What first actions are looked at for, as when imagining."""
+        imagined = self.recorded("imagine")
+        return words.questions(self.world, imagined["split"], self.seed, imagined["word_goals"])
 
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
         """count judged goals a level, trained and novel ones; few are repeated in turn."""

@@ -41,6 +41,16 @@ def check_world(world: env.World, split: str) -> None:
         ask.array("draw", (64, 64, 3), np.uint8, obs[0], action, 64)
     for level in env.NOVEL_LEVELS:
         goals += ask.goals(level, split)
+    if world.word_parts:
+        goals += ask.goals(env.WORDS, split)
+    for part in world.word_parts:
+        for words in ("new", "nonsense", "known"):
+            rng = np.random.default_rng(0)
+            asked = ask.answer("word_goals", part, words, split, COUNT, rng)
+            ask.expect(len(asked) == COUNT, "word_goals", f"a list of {COUNT} goals")
+        values = np.zeros((COUNT, world.num_actions))
+        right = ask.answer("first_actions_right", part, asked, obs, values)
+        ask.expect(np.shape(right) == (COUNT,), "first_actions_right", "a number a goal")
     goals.append(env.Goal("Nobody can judge this.", "hard"))
     rows = np.arange(len(goals)) % world.num_actions
     _check_judge(ask, goals, world.observe(states[rows % COUNT]), world.observe(nexts[rows]))

@@ -65,9 +65,10 @@ def without_times(results):
 
 def assert_complete(results):
     of_policies = {"success", "goals", "curves", "last_checkpoints"}
-    assert set(results) == of_policies | {"quality", "grounding", "time_s", "config"}
+    assert set(results) == of_policies | {"quality", "grounding", "words", "time_s", "config"}
     methods = kalm.SCALES["smoke"]["methods"].split(",")
     assert list(results["success"]) == methods
+    assert set(results["words"]) == set(methods)
     for method, row in results["success"].items():
         assert list(row) == list(env.LEVELS)
         for cell in row.values():
@@ -84,7 +85,7 @@ def assert_complete(results):
             steps = [step for step, rates in results["curves"][method][level] if len(rates) == 2]
             assert steps == [30, 59, 60]
             assert results["last_checkpoints"][method][level]["episodes"] == 2 * 4 * 2
-    for level in env.NOVEL_LEVELS:
+    for level in (*env.NOVEL_LEVELS, env.WORDS):
         assert len(results["goals"][level]) == 6
         assert all(0 <= results["quality"][level][rate] <= 1 for rate in ("match", "executed"))
     assert set(results["time_s"]) == set(STAGES) - {"report"}
