@@ -214,10 +214,7 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
 
 
 def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
-    """Imagined rollouts for novel goals, judged -> rollouts/<level>, goals.jsonl, quality.json.
-
-    What the LLM makes of new words -> words.json.
-    """
+    """Imagined rollouts for novel goals, figures -> rollouts/, goals.jsonl, quality, words.json."""
     model, tokenizer = run.load_grounded()
     real, _ = run.real_rollouts()
     visited = np.concatenate([record["observations"][:-1] for record in real])
@@ -226,6 +223,8 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     figures = {}
     imagined = {}
     goals_of = {**novel, "offline": trained}
+    if env.WORDS in novel:
+        goals_of[env.WORDS] = run.heard(novel[env.WORDS], settings.restate)
     in_order = sorted(
         goals_of, key=env.WORDS.__eq__
     )  # words last: a level's draws follow its place
@@ -238,7 +237,7 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
             imagined[level] = sum(rounds, [])
             shown = [f"{name} {value:.3f}" for name, value in figures[level].items()]
             print(f"  {level:9}{'  '.join(shown)}")
-    asked = words.questions(run.world, settings.split, run.seed, settings.word_goals)
+    asked = run.word_questions(vars(settings))
     with run.autocast():
         first_actions = words.figures(run.world, asked, [words.llm_values(model, tokenizer)])
     if not PartialState().is_main_process:
@@ -326,7 +325,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     mine = all_trials[state.process_index :: state.num_processes]
     of_policies = [trial for trial in mine if trial.method != rl.LLM]
     policies = run.folder / "policies"
-    asked = run.word_questions()
+    asked = run.word_questions(run.recorded("imagine"))
     texts = [goal.text for goal in all_goals] + words.texts(asked)
     table = run.goal_table(texts, learned.encoder, learned.encoder_layers)
     won = evaluation.play(run.world, table, policies, of_policies)
@@ -377,9 +376,10 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
     if not PartialState().is_main_process:
         return
     known = {goal.text: goal for goals in run.novel_goals().values() for goal in goals}
-    goal = known.get(settings.goal) or run.world.goal_of_text(settings.goal)
-    judge = episode.judge_in_words(run.world, goal, goal.text in known)
-    print(f'  goal: "{goal.text}"\n  judge: {judge}')
+    asked = known.get(settings.goal) or run.world.goal_of_text(settings.goal)
+    (goal,) = run.heard([asked], run.recorded("imagine")["restate"])
+    judge = episode.judge_in_words(run.world, asked, asked.text in known)
+    print(f'  goal: "{asked.text}"\n  heard: "{goal.text}"\n  judge: {judge}')
     learned = LearnArguments(**run.recorded("learn"))
     table = run.goal_table([goal.text], learned.encoder, learned.encoder_layers)
     model = run.load_grounded()

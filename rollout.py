@@ -291,6 +291,7 @@ class ImagineArguments:
     split: str = setting("test", "of built-in goals: validation (to choose) or test (to report)")
     novel_goals: int = setting(240, "novel goals a level")
     word_goals: int = setting(400, "goals in new words, to see first actions alone; 0: none")
+    restate: bool = setting(True, "level words in known words, which the base LLM finds")
     starts_per_goal: int = setting(16, "starts to imagine from a goal")
     step_starts: int = setting(40, "the same for goals of one action")
     temperatures: str = setting("1,1,1.2,1.2", "of sampling, one for each round of imagining")

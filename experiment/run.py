@@ -3,7 +3,8 @@
 This file knows where things lie in a run's folder, and nothing of what the stages do with them.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import env
 from data import grounded, llm
 from data.rollouts import read_rollouts
 from data.transitions import GoalTable
-from experiment import folder, words
+from experiment import folder, restate, words
 from model import KalmForRollouts
 from tasks import PROMPTS
 
@@ -127,13 +128,36 @@ class Run:
         folders = {level: self.folder / "rollouts" / level for level in levels}
         return {level: read_rollouts(path, self.world) for level, path in folders.items()}
 
-    def word_questions(self) -> list[words.Question]:
-        """What first actions are looked at for, as when imagining."""
-        imagined = self.recorded("imagine")
-        return words.questions(self.world, imagined["split"], self.seed, imagined["word_goals"])
+    def heard(self, goals: Sequence[env.Goal], restates: bool) -> list[env.Goal]:
+        """Goals as their agents hear them: where the world has a lexicon, with known words for new
+        ones, if the LLM is to find them.
+        """
+        lexicon = self.world.lexicon if self.world.word_parts and restates else None
+        places = [place for goal in goals if lexicon for place in lexicon.places(goal.text)]
+        if not places:
+            return list(goals)
+        language_model, tokenizer = self.load_llm(0)
+        if self.recorded("ground").get("random_weights"):  # knows nothing then either
+            torch.manual_seed(self.seed)
+            language_model = transformers.AutoModelForCausalLM.from_config(language_model.config)
+        new = sorted({place[1] for place in places})
+        of_words = restate.meanings(new, lexicon, language_model.eval(), tokenizer)
+        said = [restate.restate(goal.text, lexicon, of_words) for goal in goals]
+        return [dataclasses.replace(goal, text=text) for goal, text in zip(goals, said)]
+
+    def word_questions(self, imagining: Mapping) -> list[words.Question]:
+        """What first actions are looked at for, as agents hear it. imagining: its settings."""
+        count = imagining["word_goals"]
+        asked = words.questions(self.world, imagining["split"], self.seed, count)
+        goals = [goal for question in asked for goal in question.goals]
+        goals = self.heard(goals, imagining["restate"])
+        of_each = [goals[start : start + count] for start in range(0, len(goals), count or 1)]
+        return [question._replace(goals=own) for question, own in zip(asked, of_each)]
 
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
-        """count judged goals a level, trained and novel ones; few are repeated in turn."""
+        """count judged goals a level, trained and novel ones; few are repeated in turn. Those of
+        level words are as agents hear them.
+        """
         real, _ = self.real_rollouts()
         trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
         order = self.rng(5).permutation(len(trained))[:count]
@@ -143,4 +167,7 @@ class Run:
             judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
             if judged:
                 chosen[level] = [judged[number % len(judged)] for number in range(count)]
+            if level == env.WORDS and judged:
+                restates = self.recorded("imagine")["restate"]
+                chosen[level] = self.heard(chosen[level], restates)
         return chosen

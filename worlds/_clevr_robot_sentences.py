@@ -113,6 +113,36 @@ PLAIN_SENTENCE = re.compile(
 )
 
 
+class Lexicon:
+    """What `experiment.restate` needs, to say new words for colours in those of training."""
+
+    hint = "Colors: a banana is yellow, coal is black, snow is white. {} is"
+    answers = COLORS
+
+    @staticmethod
+    def places(text: str) -> list[re.Match]:
+        """Where a text has a word that training lacks before a ball; before another such word too,
+        "the crimson pellet", if it names no ball else. Group 1 is the word.
+        """
+        is_new = lambda word: trained_words().isdisjoint(word.lower().split("-"))
+        found = []
+        for place in re.finditer(r"\b(?:the|a) ([\w-]+)(?= ([\w-]+))", text, re.IGNORECASE):
+            noun = place[2].lower()
+            may_be_ball = noun == "ball" or is_new(noun) and not colors_in(text)
+            if is_new(place[1]) and may_be_ball:
+                found.append(place)
+        return found
+
+
+@functools.cache
+def trained_words() -> set[str]:
+    """All words of training sentences and explanations."""
+    texts = [pattern["text"] for pattern in PATTERNS if pattern["split"] == "train"]
+    texts += [" ".join(phrases.values()) for phrases in PHRASES.values()]
+    texts += canonical_goals()
+    return set(re.findall("[a-z]+", " ".join(texts).lower()))
+
+
 @functools.cache
 def canonical_goals() -> dict[str, Goal]:
     """What each canonical sentence states."""

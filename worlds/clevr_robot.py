@@ -195,6 +195,7 @@ class ClevrRobot(World):
     kinds = KINDS
     one_step_kinds = ("step",)
     word_parts = sentences.PARTS
+    lexicon = sentences.Lexicon()
     objects = len(COLORS)
 
     # Physics
