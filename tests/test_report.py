@@ -208,7 +208,7 @@ def test_held_out_figures_are_drawn_over_grounding_beside_the_papers():
         log.append({"step": step, "eval_action_accuracy": rate, "eval_easy_state": rate / 2})
     axes = report.Figure().subplots()
     report.draw_held_out(axes, log)
-    easy, action, *papers = [line.get_ydata().tolist() for line in axes.lines]
+    easy, action, *papers = [list(line.get_ydata()) for line in axes.lines]
     assert (easy, action) == ([0.1, 0.3], [0.2, 0.6])
     assert [line[0] for line in papers] == list(report.PAPER_HELD_OUT)
 
@@ -222,7 +222,7 @@ def test_the_page_draws_success_over_training_where_there_are_checkpoints(page_o
     labels = re.findall(r'aria-label="Success over training on level (\w+)[^"]* cql ([.\d]+)', page)
     assert [level for level, _ in labels] == list(env.LEVELS) and labels[3][1] == "0.50"
     rows = [row for row in cells_of(page) if row[:1] == ["cql"]]
-    assert rows[-1][4] == "0.457" and len(rows) == 2
+    assert rows[1][4] == "0.457" and len(rows) == 3
     axes = report.Figure().subplots()
     results = {"curves": {"bc": {"hard": [[30, [0.0, 0.4]], [60, [0.5, 0.5]]]}}}
     report.draw_training(axes, results, "hard")
