@@ -416,8 +416,9 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     grounding = [f"{name.replace('_', ' ')} {number(metrics[name])}" for name in held_out]
     counts = [f"{level} {brief[level]['rollouts']:.0f}" for level in LEVELS] if brief else ["none"]
     columns = [*LEVELS, "novel mean"]
-    kinds = ("new", "nonsense", "known", "new - nonsense")
-    word_columns = [f"{part}: {kind}" for part in ("ball", "direction") for kind in kinds]
+    word_columns = []
+    for part, figures in next(iter(results["words"].values())).items():
+        word_columns += [f"{part}: {kind.replace('gain', 'new - nonsense')}" for kind in figures]
     learning, brief_tasks, longer = ablations(runs)
     times = {**results["time_s"], "all": sum(results["time_s"].values())}
     explained_parts = ["source", "target", "direction", "all three", "holds in the final state"]

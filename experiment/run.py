@@ -146,13 +146,20 @@ class Run:
         return [dataclasses.replace(goal, text=text) for goal, text in zip(goals, said)]
 
     def word_questions(self, imagining: Mapping) -> list[words.Question]:
-        """What first actions are looked at for, as agents hear it. imagining: its settings."""
+        """What first actions are looked at for, as agents hear it, and new words that they hear
+        otherwise also as they were said. imagining: its settings.
+        """
         count = imagining["word_goals"]
         asked = words.questions(self.world, imagining["split"], self.seed, count)
         goals = [goal for question in asked for goal in question.goals]
         goals = self.heard(goals, imagining["restate"])
-        of_each = [goals[start : start + count] for start in range(0, len(goals), count or 1)]
-        return [question._replace(goals=own) for question, own in zip(asked, of_each)]
+        heard = []
+        for number, question in enumerate(asked):
+            own = goals[number * count : (number + 1) * count]
+            heard.append(question._replace(goals=own))
+            if question.words == "new" and own != question.goals:
+                heard.append(question._replace(words="as said"))
+        return heard
 
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
         """count judged goals a level, trained and novel ones; few are repeated in turn. Those of

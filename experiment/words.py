@@ -89,19 +89,18 @@ def figures(world: env.World, asked: Sequence[Question], agents: Sequence[Values
     of words: [mean, low, high]}} with 95% intervals, and in `gain` the new words' lead over
     nonsense, goal by goal.
     """
-    found = {}
     right = {}
     for part, words, goals, obs in asked:
         values = [of_agent(goals, obs) for of_agent in agents]
         scores = [world.first_actions_right(part, goals, obs, own) for own in values]
-        right[part, words] = np.array(scores)
-    for part in dict.fromkeys(question.part for question in asked):
-        outcomes = {words: right[part, words] for words in KINDS}
-        outcomes["gain"] = outcomes["new"] - outcomes["nonsense"]
+        right.setdefault(part, {})[words] = np.array(scores)
+    found = {}
+    for part, of_kinds in right.items():
+        of_kinds["gain"] = of_kinds["new"] - of_kinds["nonsense"]
         found[part] = {}
-        for name, values in outcomes.items():
-            each = np.arange(values.shape[1]).astype(str)  # a goal has one start
-            found[part][name] = [float(values.mean()), *interval([values], [each])]
+        for name, scores in of_kinds.items():
+            each = np.arange(scores.shape[1]).astype(str)  # a goal has one start
+            found[part][name] = [float(scores.mean()), *interval([scores], [each])]
     return found
 
 

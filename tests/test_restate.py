@@ -6,11 +6,12 @@ import torch
 
 import env
 from data import llm
-from experiment import restate
+from experiment import restate, words
+from experiment.run import Run
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, found",
     [
         ("Set the moss globule behind the icicle globule.", ["moss", "icicle"]),
         ("Set a fire-engine pellet behind the Smurf pellet!", ["fire-engine", "Smurf"]),
@@ -21,8 +22,8 @@ from experiment import restate
         ("Push the red ball behind the blue ball.", []),
     ],
 )
-def test_new_words_are_found_where_a_ball_is_named(world, text, words):
-    assert [place[1] for place in world.lexicon.places(text)] == words
+def test_new_words_are_found_where_a_ball_is_named(world, text, found):
+    assert [place[1] for place in world.lexicon.places(text)] == found
 
 
 def test_no_built_in_goal_of_another_level_is_said_again(world):
@@ -68,3 +69,23 @@ def test_what_an_llm_says_of_a_word_is_counted_from_what_it_says_of_any(world):
     colors = [tokenizer(f" {color}")["input_ids"][0] for color in world.lexicon.answers]
     of_any = torch.stack([logits_of(word) for word in restate.ANY_WORDS]).mean(0)
     torch.testing.assert_close(found["ruby"], (logits_of("ruby") - of_any)[colors].detach())
+
+
+def test_questions_are_heard_in_known_words_and_new_ones_also_as_they_were_said(
+    world, tmp_path, monkeypatch
+):
+    run = Run(tmp_path, world, "tiny", 0, torch.float32, [])
+    monkeypatch.setattr(Run, "recorded", lambda self, stage: {})
+    imagining = {"split": "test", "word_goals": 6, "restate": False}
+    kinds = lambda asked, part: [question.words for question in asked if question.part == part]
+    said = run.word_questions(imagining)
+    assert kinds(said, "ball") == kinds(said, "direction") == list(words.KINDS)
+    heard = run.word_questions({**imagining, "restate": True})
+    assert kinds(heard, "direction") == list(words.KINDS)
+    assert kinds(heard, "ball") == ["new", "as said", "nonsense", "known"]
+    assert heard[1].goals == said[0].goals
+    for before, after in zip(said[:2], heard[::2]):
+        for goal, original in zip(after.goals, before.goals):
+            assert goal.relations == original.relations and goal.text != original.text
+            assert not world.lexicon.places(goal.text)
+    assert run.word_questions({**imagining, "word_goals": 0}) == []
