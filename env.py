@@ -21,8 +21,9 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-LEVELS = ("offline", "rephrase", "easy", "hard")  # paper, section 4.2
-NOVEL_LEVELS = LEVELS[1:]
+WORDS = "words"  # ours: in words that no other goal has, and heard only when all is learned
+LEVELS = ("offline", "rephrase", "easy", "hard", WORDS)  # paper, section 4.2
+NOVEL_LEVELS = LEVELS[1:4]
 UNJUDGED = "unknown"  # kind of a goal that no world can judge: never a success, no reward
 WORLDS = Path(__file__).resolve().parent / "worlds"
 DEFAULT_WORLD = "clevr_robot"
@@ -139,6 +140,8 @@ class World:
     # object * moves + move: the model then predicts dynamics as seen from the acted object.
     # 1: no such structure, a plain head.
     objects: int = 1
+    # Parts of goals with new words: then also `word_goals`, `first_actions_right`, `lexicon`.
+    word_parts: tuple[str, ...] = ()
 
     # Physics
 
@@ -461,12 +464,9 @@ class WorldEnv(gymnasium.Env):
             self.state = np.array(options["state"], np.float64)
         else:
             self.state = unfulfilled_states(self.world, self.np_random, [self.goal])[0]
-        size = self.world.state_dim
-        if self.state.shape != (size,) or not np.isfinite(self.state).all():
-            shape = self.state.shape
-            raise ValueError(
-                f"options['state'] must be ({size},) finite numbers, got shape {shape}"
-            )
+        size, shape = self.world.state_dim, self.state.shape
+        if shape != (size,) or not np.isfinite(self.state).all():
+            raise ValueError(f"options['state'] must be ({size},) finite numbers, got {shape}")
         self.steps = 0
         return self.world.observe(self.state), self._info(success=False)
 

@@ -9,7 +9,7 @@ import collections
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +159,7 @@ class GroundingTrainer(transformers.Trainer):
     log, figures of held-out rollouts as its evaluation, and no step on a loss that is NaN.
     """
 
-    def __init__(self, *args, world: env.World, held_out: Sequence[dict], **kwargs):
+    def __init__(self, *args, world: env.World, held_out: Sequence[dict], measure, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -170,6 +170,7 @@ class GroundingTrainer(transformers.Trainer):
                 plugin.mixed_precision_policy = policy
         self.world = world
         self.held_out = held_out
+        self.measure = measure
         self.loss_parts = collections.defaultdict(list)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -245,7 +246,7 @@ class GroundingTrainer(transformers.Trainer):
         rollouts = eval_dataset or self.held_out
         batch_size = self.args.per_device_eval_batch_size
         with self.accelerator.autocast():
-            figures = held_out_figures(
+            figures = self.measure(
                 self.model, self.processing_class, self.world, rollouts, batch_size
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -264,8 +265,10 @@ def train(
     settings: GroundingArguments,
     work: Path,
     log_path: Path,
+    measure: Callable[..., dict] | None = None,
 ) -> list[dict]:
-    """Ground `model` in rollout records, in place. Returns the Trainer's log history.
+    """Ground `model` in rollout records, in place. Returns the Trainer's log history. measure: of
+    the figures at its eval_steps, called as `held_out_figures`, which is the default.
 
     Works alone and under a launcher, where FSDP leaves the model in shards (see `gathered`). work:
     a folder for checkpoints; what an earlier call left there is where this one goes on.
@@ -286,6 +289,7 @@ def train(
         callbacks=[LogLines(log_path)],
         world=world,
         held_out=held_out,
+        measure=measure or held_out_figures,
     )
     checkpoint = settings.resume_from_checkpoint or last_checkpoint(work)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -42,14 +42,14 @@ import env
 import ground
 import rl
 import rollout
-import tasks
 from data import formats, grounded, llm
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
-from experiment import card, command, episode, launch, logs, memory, report
+from experiment import card, command, episode, launch, logs, memory, report, words
 from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
+from experiment.grounding import figures_on_the_way, grounding_figures, longer_log
 from experiment.processes import in_batches
-from experiment.quality import explanation_figures, rollout_figures
+from experiment.quality import rollout_figures
 from experiment.report import ReportArguments
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
@@ -59,7 +59,6 @@ from ground import GroundingArguments
 from model import KalmForRollouts
 from rl import LearnArguments
 from rollout import ImagineArguments
-from tasks import Tokenizer
 
 # ----------------------------------------------------------------------------------------------
 # Settings: one dial, and those of the stages that are short enough to be written here
@@ -67,7 +66,7 @@ from tasks import Tokenizer
 SCALES = {  # what differs from the settings' own defaults, which are those of a laptop
     "smoke": {
         "llm": "tiny", "train_goals": 40, "rollouts_per_goal": 4, "keep_layers": 0, "lora_rank": 0,
-        "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
+        "max_steps": 8, "word_goals": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
         "new_learning_rate": 1e-3, "logging_steps": 1, "save_steps": 4, "novel_goals": 6,
         "starts_per_goal": 2, "step_starts": 2, "temperatures": "1,1.3", "candidates": 3,
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",
@@ -176,11 +175,10 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
     steps = 0
     if settings.trains:
         log_path = run.folder / "logs" / "grounding.jsonl"
-        log = ground.train(model, tokenizer, run.world, real, held_out, settings, work, log_path)
+        where = (settings, work, log_path, figures_on_the_way)
+        log = ground.train(model, tokenizer, run.world, real, held_out, *where)
         steps = log[-1]["step"]
-        before = metrics["log"][-1]["step"] if metrics["log"] else 0
-        losses = [entry for entry in log if "loss" in entry]
-        metrics["log"] += [{**entry, "step": before + entry["step"]} for entry in losses]
+        metrics["log"] = longer_log(metrics["log"], log)
     weights = grounded.weights_of(model)
     if not PartialState().is_main_process:
         return
@@ -197,7 +195,10 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
         if is_measured:
             if grounded.is_sharded(model):
                 model, _ = grounded.load_grounded(aside, run.world, run.dtype)
-            metrics = {**measured(run, model, tokenizer, held_out), "log": metrics["log"]}
+            model.to(PartialState().device)
+            with run.autocast():
+                figures = grounding_figures(model, tokenizer, run.world, held_out)
+            metrics = {**figures, "log": metrics["log"]}
         shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name != "log"]
         whose = "" if is_measured else "the adapter on its "
         print(f"  {whose}held-out rollouts: {', '.join(shown)}")
@@ -207,25 +208,12 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
         grounded.upload(run.folder / "grounded", settings)
 
 
-def measured(run: Run, model: KalmForRollouts, tokenizer: Tokenizer, held_out: list[dict]) -> dict:
-    """Figures of a grounded model on held-out rollouts; explanations also with an unseen prompt."""
-    model.to(PartialState().device)
-    prompts = {"explanation": tasks.PROMPTS["explanation"], "unseen_prompt": tasks.UNSEEN_PROMPT}
-    with run.autocast():
-        figures = ground.held_out_figures(model, tokenizer, run.world, held_out)
-        for name, prompt in prompts.items():
-            explanations = rollout.explain(model, tokenizer, held_out, prompt)
-            parts = explanation_figures(run.world, held_out, explanations)
-            figures |= {f"{name}_{part}": rate for part, rate in parts.items()}
-    return figures
-
-
 # ----------------------------------------------------------------------------------------------
 # Stage 3: imagine (paper, section 4.2)
 
 
 def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
-    """Imagined rollouts for novel goals, judged -> rollouts/<level>, goals.jsonl, quality.json."""
+    """Imagined rollouts for novel goals, figures -> rollouts/, goals.jsonl, quality, words.json."""
     model, tokenizer = run.load_grounded()
     real, _ = run.real_rollouts()
     visited = np.concatenate([record["observations"][:-1] for record in real])
@@ -233,17 +221,25 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     trained = run.world.sample_goals("offline", "train", settings.novel_goals, run.rng(2))
     figures = {}
     imagined = {}
-    for number, (level, goals) in enumerate({**novel, "offline": trained}.items()):
-        where = (visited, settings, [run.seed, 3, number], work)
+    goals_of = {**novel, "offline": trained}
+    if env.WORDS in novel:
+        goals_of[env.WORDS] = run.heard(novel[env.WORDS], settings.restate)
+    # Words come last: a level's draws follow its place.
+    for number, level in enumerate(sorted(goals_of, key=env.WORDS.__eq__)):
+        where = (goals_of[level], visited, settings, [run.seed, 3, number], work)
         with run.autocast():
-            rounds = rollout.imagine_rounds(model, tokenizer, run.world, level, goals, *where)
+            rounds = rollout.imagine_rounds(model, tokenizer, run.world, level, *where)
         if PartialState().is_main_process:
             figures[level] = rollout_figures(run.world, rounds[0])
             imagined[level] = sum(rounds, [])
             shown = [f"{name} {value:.3f}" for name, value in figures[level].items()]
             print(f"  {level:9}{'  '.join(shown)}")
+    asked = run.word_questions(vars(settings))
+    with run.autocast():
+        first_actions = words.figures(run.world, asked, [words.llm_values(model, tokenizer)])
     if not PartialState().is_main_process:
         return
+    folder.write_json(run.folder / "words.json", {rl.LLM: first_actions} if asked else {})
     for level in env.NOVEL_LEVELS:
         folder.remove(run.folder / "rollouts" / level)
         if level in imagined:
@@ -261,6 +257,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     state = PartialState()
     real, held_out = run.real_rollouts()
     goals = run.novel_goals()
+    goals.pop(env.WORDS, None)  # heard for the first time when policies act
     imagined = {}
     for level, records in run.imagined_rollouts().items():
         kept = kept_rollouts(run.world, records, settings.keep, settings.kept_per_goal)
@@ -324,33 +321,39 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     goals = run.goals_to_evaluate(settings.episodes)
     all_goals = sum(goals.values(), [])
     rngs = [run.rng(7, number) for number in range(learned.seeds)]
-    starts = [env.unfulfilled_states(run.world, rng, all_goals) for rng in rngs]
+    starts = [words.draw_starts(run.world, all_goals, rng) for rng in rngs]
     evaluation = Evaluation(learned, settings, goals, starts)
     mine = trials(learned, settings)[state.process_index :: state.num_processes]
     of_policies = [trial for trial in mine if trial.method not in rl.MODELS]
-    won = evaluation.play(run.world, run.folder / "policies", of_policies)
+    policies = run.folder / "policies"
+    asked = run.word_questions(run.recorded("imagine"))
+    texts = [goal.text for goal in all_goals] + words.texts(asked)
+    table = run.goal_table(texts, learned.encoder, learned.encoder_layers)
+    won = evaluation.play(run.world, table, policies, of_policies)
     for trial in mine:
         if trial.method in rl.MODELS:
             steps = min(settings.episode_steps, run.world.max_steps)
             model = dt.load(run) if trial.method == rl.DT else run.load_grounded()
             records = play_llm(run, model, all_goals, starts[0], steps)
-            outcomes = [record["success"] for record in records]
-            won.append((trial, np.array(outcomes)))
+            won.append((trial, np.array([record["success"] for record in records])))
     won = dict(gather_object(won))
     if state.is_main_process:
-        grounding = folder.read_json(run.folder / "grounded" / "metrics.json")
-        del grounding["log"]
-        imagination = folder.read_json(run.folder / "quality.json")
-        results = {**evaluation.results(won), "quality": imagination, "grounding": grounding}
+        results = {**evaluation.results(won), **run.figures()}
+        results["words"] |= evaluation.first_actions(run.world, table, policies, asked)
         folder.write_json(run.folder / "results.json", results)
 
 
 def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
     """Episodes of an LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
     obs = run.world.observe(starts)
-    options = {"states": starts, "max_steps": max_steps, "description": "an LLM as policy"}
+    options = {"max_steps": max_steps, "description": "an LLM as policy"}
+    records = []
     with run.autocast():
-        return rollout.generate_all(*model, run.world, goals, obs, **options)
+        for rows in words.groups_of(goals):
+            options["states"] = starts[rows]
+            asked = [goals[row] for row in rows]
+            records += rollout.generate_all(*model, run.world, asked, obs[rows], **options)
+    return records
 
 
 # ----------------------------------------------------------------------------------------------
@@ -374,14 +377,12 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
     if not PartialState().is_main_process:
         return
     known = {goal.text: goal for goals in run.novel_goals().values() for goal in goals}
-    goal = known.get(settings.goal) or run.world.goal_of_text(settings.goal)
-    judge = episode.judge_in_words(run.world, goal, goal.text in known)
-    print(f'  goal: "{goal.text}"\n  judge: {judge}')
-    table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
-    if goal.text not in table.index:
-        learned = LearnArguments(**run.recorded("learn"))
-        encoder = run.load_encoder(learned.encoder, learned.encoder_layers)
-        table = table.with_text(goal.text, *encoder)
+    asked = known.get(settings.goal) or run.world.goal_of_text(settings.goal)
+    (goal,) = run.heard([asked], run.recorded("imagine")["restate"])
+    judge = episode.judge_in_words(run.world, asked, asked.text in known)
+    print(f'  goal: "{asked.text}"\n  heard: "{goal.text}"\n  judge: {judge}')
+    learned = LearnArguments(**run.recorded("learn"))
+    table = run.goal_table([goal.text], learned.encoder, learned.encoder_layers)
     model = run.load_grounded()
     rng = np.random.default_rng([settings.start_seed, 8])
     start = env.unfulfilled_states(run.world, rng, [goal])
@@ -401,7 +402,8 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
 # ----------------------------------------------------------------------------------------------
 # The command
 
-IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard", "quality.json")
+IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard")
+IMAGINED += ("quality.json", "words.json")
 OF_RUN = ("seed", "env", "world_file", "llm", "llm_weights")
 STAGES = {  # function, what it reads and writes, settings of the run that it follows from
     "collect": Stage(collect, (), ("rollouts/real",)),

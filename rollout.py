@@ -292,6 +292,8 @@ class ImagineArguments:
     goals: str = setting("", "file of your own novel goals, see data/README.md")
     split: str = setting("test", "of built-in goals: validation (to choose) or test (to report)")
     novel_goals: int = setting(240, "novel goals a level")
+    word_goals: int = setting(400, "goals in new words, to see first actions alone; 0: none")
+    restate: bool = setting(True, "level words in known words, which the base LLM finds")
     starts_per_goal: int = setting(16, "starts to imagine from a goal")
     step_starts: int = setting(40, "the same for goals of one action")
     temperatures: str = setting("1,1,1.2,1.2", "of sampling, one for each round of imagining")
@@ -306,6 +308,7 @@ class ImagineArguments:
             raise ValueError(f"--split takes validation or test, got {self.split!r}")
         at_least(1, self, "novel_goals", "starts_per_goal", "step_starts", "imagined_steps")
         at_least(1, self, "candidates", "step_candidates")
+        at_least(0, self, "word_goals")
         if not 0 <= self.visited_share <= 1:
             raise ValueError(f"--visited_share must be from 0 to 1, got {self.visited_share}")
         try:
@@ -335,7 +338,8 @@ class ImagineArguments:
                 )
             return goals
         goals = {}
-        for number, level in enumerate(env.NOVEL_LEVELS):
+        built_in = (*env.NOVEL_LEVELS, env.WORDS) if world.word_parts else env.NOVEL_LEVELS
+        for number, level in enumerate(built_in):
             rng = np.random.default_rng([seed, 1, number])
             goals[level] = world.sample_goals(level, self.split, self.novel_goals, rng)
         return goals
@@ -362,17 +366,18 @@ def imagine_rounds(
 
     Later rounds look ahead: of several actions that the model would take, the reward picks the one
     with the best imagined outcome. So what is kept is spread over goals and starts as the starts
-    are, not as the model's luck is. Goals of level offline, for comparison, have one start and one
-    round each. visited: (N, D), states of the data, where a share of the rollouts starts: there
+    are, not as the model's luck is. Levels that nothing is learned from have one start and one
+    round a goal. visited: (N, D), states of the data, where a share of the rollouts starts: there
     another goal was pursued. A finished round is kept in the folder `work`.
     """
     state = PartialState()
     rng = np.random.default_rng(seed)
-    starts_a_goal = {"offline": 1, "easy": settings.step_starts}
+    is_learned_from = level in env.NOVEL_LEVELS
+    starts_a_goal = {"offline": 1, env.WORDS: 1, "easy": settings.step_starts}
     repeats = starts_a_goal.get(level, settings.starts_per_goal)
     goals = [goal for goal in goals for _ in range(repeats)]
     starts = world.observe(env.unfulfilled_states(world, rng, goals))
-    if level != "offline":
+    if is_learned_from:
         elsewhere = rng.random(len(goals)) < settings.visited_share
         seen = env.unfulfilled_observations(world, rng, goals, visited)
         starts[elsewhere] = seen[elsewhere]
@@ -380,7 +385,7 @@ def imagine_rounds(
     candidates = np.where(one_step, settings.step_candidates, settings.candidates)
     candidates = np.minimum(candidates, world.num_actions)
     is_checked = settings.self_check or any(goal.kind == env.UNJUDGED for goal in goals)
-    temperatures = settings.rounds[:1] if level == "offline" else settings.rounds
+    temperatures = settings.rounds if is_learned_from else settings.rounds[:1]
     max_steps = min(settings.imagined_steps, world.max_steps)
     rounds = []
     rows = np.arange(len(goals))
@@ -390,20 +395,11 @@ def imagine_rounds(
         if kept.is_dir():
             records = read_rollouts(kept, world)
         else:
-            records = generate_all(
-                model,
-                tokenizer,
-                world,
-                [goals[row] for row in rows],
-                starts[rows],
-                numbers=rows,
-                seed=[*seed, number],
-                temperature=temperature,
-                max_steps=max_steps,
-                candidates=tried[rows],
-                shared=True,
-                description=f"imagine {level}",
-            )
+            options = {"seed": [*seed, number], "temperature": temperature, "numbers": rows}
+            options |= {"max_steps": max_steps, "candidates": tried[rows], "shared": True}
+            options["description"] = f"imagine {level}"
+            asked = [goals[row] for row in rows]
+            records = generate_all(model, tokenizer, world, asked, starts[rows], **options)
             if is_checked:
                 self_check(model, tokenizer, world, records)
             if state.is_main_process:

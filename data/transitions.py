@@ -64,7 +64,7 @@ class GoalTable:
     """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` its row.
 
     scale: (2, width), the mean and deviation that standardised what the encoder gave, and
-    projection: (width, hidden), if there is one, what then made it smaller; for `with_text`.
+    projection: (width, hidden), if there is one, what then made it smaller; for `with_texts`.
     """
 
     def __init__(
@@ -98,13 +98,14 @@ class GoalTable:
         projection = principal_components(table[: len(known)], dimensions)
         return cls(texts, table @ projection, scale, projection)
 
-    def with_text(self, text: str, model, tokenizer) -> "GoalTable":
-        """The table with one more text, by the model that encoded the others."""
-        encoding = (encode_texts([text], model, tokenizer) - self.scale[0]) / self.scale[1]
+    def with_texts(self, texts: Sequence[str], model, tokenizer) -> "GoalTable":
+        """The table with more texts behind, by the model that encoded the others."""
+        more = [text for text in dict.fromkeys(texts) if text not in self.index]
+        encodings = (encode_texts(more, model, tokenizer) - self.scale[0]) / self.scale[1]
         if self.projection is not None:
-            encoding = encoding @ self.projection
-        table = torch.cat([self.table, encoding])
-        return GoalTable([*self.index, text], table, self.scale, self.projection)
+            encodings = encodings @ self.projection
+        table = torch.cat([self.table, encodings])
+        return GoalTable([*self.index, *more], table, self.scale, self.projection)
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Encodings of known texts: (len(texts), hidden)."""

@@ -237,7 +237,7 @@ def opponent_rows(runs: Path) -> list[list]:
             ours = results["success"]["bc+kalm"]
             theirs = validation["success"][control]
             cells = []
-            for levels in [*([level] for level in LEVELS), list(LEVELS[1:])]:
+            for levels in [*([level] for level in LEVELS), list(env.NOVEL_LEVELS)]:
                 cells.append(in_words(intervals.figure(results, ours, levels, theirs)))
             rows.append([f"kept: {JUDGED[keep]} - `{control}`", *cells])
     return rows
@@ -277,7 +277,18 @@ def grounding_rows(runs: Path, names: dict[str, str]) -> list[list]:
             cells.append(f"{number(rates['match'], 2)} / {number(rates['executed'], 2)}")
         cells += [number(metrics["action_accuracy"], 2), number(metrics["state_error"])]
         cells += [number(metrics[f"explanation_{part}"], 2) for part in ("source", "holds")]
+        for part in load(runs, name, "words.json")["llm"].values():
+            cells.append(" / ".join(number(part[words][0], 2) for words in ("new", "nonsense")))
         rows.append([words, *cells])
+    return rows
+
+
+def words_rows(results: dict) -> list[list]:
+    """How often first actions are right in new, nonsense and known words."""
+    rows = []
+    for method, figures in results["words"].items():
+        cells = [in_words(figure) for part in figures.values() for figure in part.values()]
+        rows.append([f"`{method}`", *cells])
     return rows
 
 
@@ -310,6 +321,7 @@ def ablations(runs: Path) -> list[dict]:
     for method, words in OTHER_SOURCES.items():
         learning += learning_rows(runs, {"validation": words}, method)
     parts = ["action accuracy", "state error", "source", "holds"]
+    parts += [f"{part}, new / nonsense" for part in ("ball", "direction")]
     header = ["match / executed", *LEVELS, *parts]
     return [
         {
@@ -389,6 +401,9 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     grounding = [f"{name.replace('_', ' ')} {number(metrics[name])}" for name in held_out]
     counts = [f"{level} {brief[level]['rollouts']:.0f}" for level in LEVELS] if brief else ["none"]
     columns = [*LEVELS, "novel mean"]
+    word_columns = []
+    for part, figures in next(iter(results["words"].values())).items():
+        word_columns += [f"{part}: {kind.replace('gain', 'new - nonsense')}" for kind in figures]
     learning, brief_tasks, longer = ablations(runs)
     times = {**results["time_s"], "all": sum(results["time_s"].values())}
     explained_parts = ["source", "target", "direction", "all three", "holds in the final state"]
@@ -400,6 +415,7 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
             opponents=table(["BC, validation goals", *columns], opponent_rows(runs)),
             training=training,
             last=table(["at the end / last checkpoints", *columns], last_rows(results)),
+            words=table(["first action right", *word_columns], words_rows(results)),
             quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, IMAGINED)),
             checks=table(
                 ["imagined rollouts", *LEVELS], quality_rows(checks, CHECKED) if checks else []

@@ -18,6 +18,8 @@ GROUNDING_WORDS = {  # of the figures in grounded/metrics.json
     "action_accuracy": "picks the recorded action",
     "state_error": "error of a number of the next state (root mean square)",
     "state_error_nothing_moves": "the same if nothing moved",
+    "easy_action": "first action fits an easy goal",
+    "easy_state": "so does the state that it imagines to follow",
     "explanation_source": "explanations name the right source",
     "explanation_target": "explanations name the right target",
     "explanation_direction": "explanations name the right direction",

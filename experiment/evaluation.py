@@ -3,7 +3,7 @@
 This file knows policies on disk and worlds, and nothing of how policies are learned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,9 @@ from tqdm import trange
 import env
 from data.policies import load_policy
 from data.transitions import GoalTable
+from experiment import words
 from experiment.settings import at_least, setting
+from experiment.words import Question, Values
 from rl import MODELS, LearnArguments
 
 
@@ -39,8 +41,11 @@ class EvaluateArguments:
 # Acting
 
 
-def policy_of(parts: Sequence[Tensor], seed_index: int, goals: Tensor, scale: float) -> env.Policy:
-    """A greedy policy for episodes of which number i pursues the goal encoded in goals[i].
+def values_of(
+    parts: Sequence[Tensor], seed_index: int, goals: Tensor, scale: float
+) -> Callable[[ndarray, ndarray], Tensor]:
+    """What a policy gives each action, for episodes of which number i pursues the goal encoded in
+    goals[i]: a function as `env.Policy`, of (b, num_actions).
 
     parts, scale: as `load_policy` gives them. What the first layer makes of the goals (B, hidden)
     is computed here, once for all steps.
@@ -51,19 +56,34 @@ def policy_of(parts: Sequence[Tensor], seed_index: int, goals: Tensor, scale: fl
     of_obs = first[:observation_dim].clone()  # not a view: most of the layer is used no more
 
     @torch.inference_mode()
-    def act(obs, rows):
+    def values(obs, rows):
         x = torch.addmm(from_goals[rows], torch.as_tensor(obs) / scale, of_obs)
         for weight, bias in zip(rest[::2], rest[1::2]):
             x = torch.addmm(bias, F.relu(x), weight)
-        return x.argmax(-1).numpy()
+        return x
 
-    return act
+    return values
+
+
+def read_values(path: Path, seed_index: int, table: GoalTable, goals) -> Callable:
+    """`values_of` the policy of one seed in a file, for episodes that pursue these goals."""
+    parts, _, scale = load_policy(path)
+    return values_of(parts, seed_index, table.of_texts([goal.text for goal in goals]), scale)
 
 
 def read_policy(path: Path, seed_index: int, table: GoalTable, goals) -> env.Policy:
-    """The policy of one seed in a file, for episodes that pursue these goals."""
-    parts, _, scale = load_policy(path)
-    return policy_of(parts, seed_index, table.of_texts([goal.text for goal in goals]), scale)
+    """The policy, which takes the action of most value."""
+    values = read_values(path, seed_index, table, goals)
+    return lambda obs, rows: values(obs, rows).argmax(-1).numpy()
+
+
+def first_values(path: Path, seed_index: int, table: GoalTable) -> Values:
+    """What the policy gives the first actions of any goals, as `words.figures` asks."""
+
+    def values(goals, obs):
+        return read_values(path, seed_index, table, goals)(obs, np.arange(len(obs))).numpy()
+
+    return values
 
 
 def successes(
@@ -165,32 +185,45 @@ class Evaluation:
         count = min(self.settings.curve_episodes, every) if of_curve else every
         return np.arange(first, first + count)
 
-    def play(self, world: env.World, policies: Path, mine: Sequence[Trial]) -> list[tuple]:
-        """(trial, successes) of trials whose policies are in a folder. successes: (episodes,) bool,
-        False where it did not play.
+    def play(
+        self, world: env.World, table: GoalTable, policies: Path, mine: Sequence[Trial]
+    ) -> list[tuple]:
+        """(trial, successes) of trials whose policies are in a folder. table: with all goals.
+        successes: (episodes,) bool, False where it did not play.
         """
-        table = GoalTable.load(policies / "goals.safetensors")
         all_goals = sum(self.goals.values(), [])
-        acting = []
-        goals = []
-        starts = []
-        rows_of_trials = []
-        for method, seed_index, step in mine:
-            of_curve = step not in self.reported_steps
-            rows = np.concatenate([self.rows(level, of_curve) for level in self.goals])
-            rows_of_trials.append(rows)
-            goals.append([all_goals[row] for row in rows])
-            starts.append(self.starts[seed_index][rows])
-            path = policies / self.learned.policy_file(method, step)
-            acting.append(read_policy(path, seed_index, table, goals[-1]))
+        played = {trial: np.zeros(len(all_goals), bool) for trial in mine}
         steps = min(self.settings.episode_steps, world.max_steps)
-        played = []
-        won_by_trial = successes(world, acting, goals, starts, steps) if mine else []
-        for trial, rows, won in zip(mine, rows_of_trials, won_by_trial):
-            won_of_all = np.zeros(len(all_goals), bool)
-            won_of_all[rows] = won
-            played.append((trial, won_of_all))
-        return played
+        for group in words.groups_of(all_goals) if mine else []:
+            acting = []
+            goals = []
+            starts = []
+            rows_of_trials = []
+            for method, seed_index, step in mine:
+                of_curve = step not in self.reported_steps
+                rows = np.concatenate([self.rows(level, of_curve) for level in self.goals])
+                rows = np.intersect1d(rows, group)
+                rows_of_trials.append(rows)
+                goals.append([all_goals[row] for row in rows])
+                starts.append(self.starts[seed_index][rows])
+                path = policies / self.learned.policy_file(method, step)
+                acting.append(read_policy(path, seed_index, table, goals[-1]))
+            won_by_trial = successes(world, acting, goals, starts, steps)
+            for trial, rows, won in zip(mine, rows_of_trials, won_by_trial):
+                played[trial][rows] = won
+        return list(played.items())
+
+    def first_actions(
+        self, world: env.World, table: GoalTable, policies: Path, asked: Sequence[Question]
+    ) -> dict:
+        """`words.figures` of every method's policies at the end."""
+        found = {}
+        for method in self.learned.learned_methods if asked else []:
+            path = policies / self.learned.policy_file(method, self.learned.rl_steps)
+            seeds = range(self.learned.seeds)
+            agents = [first_values(path, number, table) for number in seeds]
+            found[method] = words.figures(world, asked, agents)
+        return found
 
     def results(self, won: Mapping[Trial, ndarray]) -> dict:
         """What results.json has of policies: success by method and level, the goals of these

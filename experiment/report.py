@@ -46,13 +46,22 @@ class ReportArguments:
 
 # The paper's figures: success of its best policies as read off its figure, rates as printed
 PAPER_WORLD = "clevr_robot"
-PAPER_SUCCESS = dict(zip(env.LEVELS, (0.60, 0.45, 0.35, 0.09)))
+PAPER_SUCCESS = dict(zip(env.LEVELS, (0.60, 0.45, 0.35, 0.09)))  # words are ours
 PAPER_NOVEL_MEAN = {"cql": 0.155, "cql+kalm": 0.271}
 PAPER_QUALITY = {  # in the order of env.LEVELS
-    "match": (None, 0.85, 0.36, 0.28),
-    "action_match": (None, None, 0.30, None),
-    "off_table": (None, 0.184, 0.0, 0.043),
-    "beyond_dynamics": (None, 0.001, 0.002, 0.002),
+    "match": (None, 0.85, 0.36, 0.28, None),
+    "action_match": (None, None, 0.30, None, None),
+    "off_table": (None, 0.184, 0.0, 0.043, None),
+    "beyond_dynamics": (None, 0.001, 0.002, 0.002, None),
+}
+PAPER_HELD_OUT = (0.85, 0.34, 0.30)  # explanations, from the second epoch on; easy state, action
+HELD_OUT_WORDS = {
+    "explanation_exact": "explanation",
+    "unseen_prompt_exact": "the same, new prompt",
+    "easy_action": "easy goal, action",
+    "easy_state": "easy goal, state",
+    "action_accuracy": "action accuracy",
+    "state_error": "state error",
 }
 QUALITY_WORDS = {
     "rollouts": "rollouts",
@@ -101,9 +110,9 @@ def most_episodes(results: dict) -> int:
 
 def results_table(results: dict) -> list[str]:
     """The success table as lines of ASCII, at most 80 columns for methods of 19 letters: means and
-    their 95% intervals, and differences to the controls.
+    their 95% intervals, and differences to the controls; then what is made of new words.
     """
-    levels = levels_of(results)
+    levels = [level for level in levels_of(results) if level != env.WORDS]
     width = max(14, *(len(method) + 1 for method in results["success"]))
     lines = ["method".ljust(width) + "".join(f"{level:>15}" for level in levels)]
     for name, figures in success_rows(results, [[level] for level in levels]):
@@ -113,7 +122,26 @@ def results_table(results: dict) -> list[str]:
             shown = _short(mean, "+") if is_difference else f"{mean:.3f}"
             line += f"{shown} {_short(low)},{_short(high)}".rjust(15)
         lines.append(line)
-    return lines
+    return lines + _words_table(results, width)
+
+
+def _words_table(results, width):
+    """Success on level words, and how often the first action is right: in new words with its
+    interval, in nonsense, in known words. Lines of ASCII.
+    """
+    parts = next(iter(results["words"].values()), [])
+    header = "in new words".ljust(width) + f"{'success':>8}"
+    lines = ["", header + "".join(f"{part:>13} nonsense known"[-25:].rjust(25) for part in parts)]
+    for method, figures in results["words"].items():
+        cell = results["success"].get(method, {}).get(env.WORDS)
+        line = method.ljust(width) + (_short(cell["mean"]) if cell else "").rjust(8)
+        for part in parts:
+            mean, low, high = figures[part]["new"]
+            line += f"{_short(mean)} {_short(low)},{_short(high)}".rjust(13)
+            for words in ("nonsense", "known"):
+                line += _short(figures[part][words][0]).rjust(6)
+        lines.append(line)
+    return lines if parts else []
 
 
 def _short(value, sign="-"):
@@ -148,7 +176,7 @@ def draw_success(axes: Axes, results: dict, level: str) -> None:
     for i, (method, row) in enumerate(results["success"].items()):
         axes.barh(i, row[level]["mean"], 0.8, color=color_of(method))
         axes.hlines(i, *figure(results, row, [level])[1:], color=INK)
-    if _is_papers_world(results):
+    if _is_papers_world(results) and level in PAPER_SUCCESS:
         axes.axvline(PAPER_SUCCESS[level], color=INK, linestyle="dotted")
     axes.set(title=level, xlim=(0, 1), xlabel="success rate")
     axes.set_yticks(range(len(results["success"])), list(results["success"]))
@@ -197,6 +225,19 @@ def draw_grounding(axes: Axes, log: list[dict]) -> None:
         axes.plot(*np.reshape(points, (-1, 2)).T, label=name.replace("_", " "))
     axes.set(title="grounding", xlabel="step", ylabel="loss", yscale="log")
     axes.legend(fontsize=7, framealpha=0)
+
+
+def draw_held_out(axes: Axes, log: list[dict]) -> None:
+    """Figures of held-out rollouts while the LLM is grounded; dotted: the paper's."""
+    measured = [entry for entry in log if "eval_action_accuracy" in entry]
+    for name, words in HELD_OUT_WORDS.items():
+        points = [(e["step"], e[f"eval_{name}"]) for e in measured if f"eval_{name}" in e]
+        if points:
+            axes.plot(*np.transpose(points), label=words)
+    for rate in PAPER_HELD_OUT:
+        axes.axhline(rate, color=INK, linestyle="dotted", linewidth=0.8)
+    axes.set(title="held-out rollouts", xlabel="step", ylim=(0, 1))
+    _explain_below(axes, columns=2)
 
 
 def draw_policies(axes: Axes, curves: dict) -> None:
@@ -259,7 +300,7 @@ def _success_rows(results):
     if _is_papers_world(results):
         blank = [None for _ in levels]
         rows += [[f"paper: {name}", *blank, mean] for name, mean in PAPER_NOVEL_MEAN.items()]
-        rows.append(["paper: best of the level", *(PAPER_SUCCESS[v] for v in levels), None])
+        rows.append(["paper: best of the level", *map(PAPER_SUCCESS.get, levels), None])
     return rows
 
 
@@ -288,6 +329,19 @@ def _quality_rows(results):
         if name in PAPER_QUALITY and _is_papers_world(results):
             of_paper = dict(zip(env.LEVELS, PAPER_QUALITY[name]))
             rows.append(["paper", *(of_paper[level] for level in levels)])
+    return rows
+
+
+def _words_rows(results):
+    """How often first actions are right, a row a method below the header; nothing without words."""
+    rows = []
+    for method, figures in results["words"].items():
+        header = ["method"]
+        row = [method]
+        for part, by_words in figures.items():
+            header += [f"{part}, {words}" for words in by_words]
+            row += [f"{mean:.3f} ({low:.2f}, {high:.2f})" for mean, low, high in by_words.values()]
+        rows = [header, *rows[1:], row]
     return rows
 
 
@@ -351,6 +405,8 @@ def write(run: Path, world: env.World, imagined: dict[str, list[dict]]) -> dict:
     learning_svgs = {}
     if log:
         learning_svgs["grounding"] = _page_svg("grounding", draw_grounding, log=log)
+    if any("eval_action_accuracy" in entry for entry in log):
+        learning_svgs["held-out rollouts"] = _page_svg("held-out", draw_held_out, log=log)
     if curves:
         learning_svgs["offline RL"] = _page_svg("offline-rl", draw_policies, curves=curves)
     ablations = run / "ablations.json"  # tables that docs/results.py writes
@@ -368,6 +424,7 @@ def write(run: Path, world: env.World, imagined: dict[str, list[dict]]) -> dict:
         training_svgs=training_svgs,
         last_rows=_last_rows(results),
         quality_rows=_quality_rows(results),
+        words_rows=_words_rows(results),
         gallery=_gallery(world, imagined),
         ablations=folder.read_json(ablations) if ablations.is_file() else [],
         learning_svgs=learning_svgs,

@@ -3,6 +3,8 @@
 This file knows where things lie in a run's folder, and nothing of what the stages do with them.
 """
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import env
 from data import grounded, llm
 from data.rollouts import read_rollouts
-from experiment import folder
+from data.transitions import GoalTable
+from experiment import folder, restate, words
 from model import KalmForRollouts
 from tasks import PROMPTS
 
@@ -44,6 +47,14 @@ class Run:
     def recorded(self, stage: str) -> dict:
         """The settings that a finished stage had."""
         return folder.Manifest(self.folder).stages[stage]["settings"]
+
+    def figures(self) -> dict[str, dict]:
+        """What earlier stages measured: quality, grounding, words."""
+        grounding = folder.read_json(self.folder / "grounded" / "metrics.json")
+        del grounding["log"]
+        figures = {"quality": folder.read_json(self.folder / "quality.json")}
+        words = folder.read_json(self.folder / "words.json")
+        return {**figures, "grounding": grounding, "words": words}
 
     # Models
 
@@ -98,6 +109,13 @@ class Run:
                 parameter.data = parameter.data.clone()
         return model.to(PartialState().device), tokenizer
 
+    def goal_table(self, texts: Sequence[str], encoder: str, layers: int) -> GoalTable:
+        """The policies' goal encodings, with those of more texts by the encoder that they have."""
+        table = GoalTable.load(self.folder / "policies" / "goals.safetensors")
+        if all(text in table.index for text in texts):
+            return table
+        return table.with_texts(texts, *self.load_encoder(encoder, layers))
+
     # Rollouts and goals
 
     def real_rollouts(self) -> tuple[list[dict], list[dict]]:
@@ -116,11 +134,47 @@ class Run:
 
     def imagined_rollouts(self) -> dict[str, list[dict]]:
         """All imagined rollouts by level."""
-        folders = {level: self.folder / "rollouts" / level for level in self.novel_goals()}
+        levels = [level for level in self.novel_goals() if level != env.WORDS]
+        folders = {level: self.folder / "rollouts" / level for level in levels}
         return {level: read_rollouts(path, self.world) for level, path in folders.items()}
 
+    def heard(self, goals: Sequence[env.Goal], restates: bool) -> list[env.Goal]:
+        """Goals as their agents hear them: where the world has a lexicon, with known words for new
+        ones, if the LLM is to find them.
+        """
+        lexicon = self.world.lexicon if self.world.word_parts and restates else None
+        places = [place for goal in goals if lexicon for place in lexicon.places(goal.text)]
+        if not places:
+            return list(goals)
+        language_model, tokenizer = self.load_llm(0)
+        if self.recorded("ground").get("random_weights"):  # knows nothing then either
+            torch.manual_seed(self.seed)
+            language_model = transformers.AutoModelForCausalLM.from_config(language_model.config)
+        new = sorted({place[1] for place in places})
+        of_words = restate.meanings(new, lexicon, language_model.eval(), tokenizer)
+        said = [restate.restate(goal.text, lexicon, of_words) for goal in goals]
+        return [dataclasses.replace(goal, text=text) for goal, text in zip(goals, said)]
+
+    def word_questions(self, imagining: Mapping) -> list[words.Question]:
+        """What first actions are looked at for, as agents hear it, and new words that they hear
+        otherwise also as they were said. imagining: its settings.
+        """
+        count = imagining["word_goals"]
+        asked = words.questions(self.world, imagining["split"], self.seed, count)
+        goals = [goal for question in asked for goal in question.goals]
+        goals = self.heard(goals, imagining["restate"])
+        heard = []
+        for number, question in enumerate(asked):
+            own = goals[number * count : (number + 1) * count]
+            heard.append(question._replace(goals=own))
+            if question.words == "new" and own != question.goals:
+                heard.append(question._replace(words="as said"))
+        return heard
+
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
-        """count judged goals a level, trained and novel ones; few are repeated in turn."""
+        """count judged goals a level, trained and novel ones; few are repeated in turn. Those of
+        level words are as agents hear them.
+        """
         real, _ = self.real_rollouts()
         trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
         order = self.rng(5).permutation(len(trained))[:count]
@@ -130,4 +184,7 @@ class Run:
             judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
             if judged:
                 chosen[level] = [judged[number % len(judged)] for number in range(count)]
+            if level == env.WORDS and judged:
+                restates = self.recorded("imagine")["restate"]
+                chosen[level] = self.heard(chosen[level], restates)
         return chosen

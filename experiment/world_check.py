@@ -31,6 +31,9 @@ def check_world(world: env.World, split: str) -> None:
         _array(world, "draw", shape, np.uint8, obs[0], action, 64)
     for level in env.NOVEL_LEVELS:
         goals += _goals(world, level, split)
+    if world.word_parts:
+        goals += _goals(world, env.WORDS, split)
+        _check_new_words(world, obs, split)
     goals.append(env.Goal("Nobody can judge this.", "hard"))
     actions = np.arange(len(goals)) % world.num_actions
     before = world.observe(states[actions % COUNT])
@@ -116,6 +119,20 @@ def _check_words(world, goals, obs):
         if np.shape(right) != (COUNT,):
             _refuse(world, "explanation_scores", "a dict of arrays with a number a goal")
     _answer(world, "plausibility", obs, obs)
+
+
+def _check_new_words(world, obs, split):
+    """Goals in words that training lacks, and first actions toward them at obs (COUNT, D)."""
+    for part in world.word_parts:
+        for words in ("new", "nonsense", "known"):
+            rng = np.random.default_rng(0)
+            goals = _answer(world, "word_goals", part, words, split, COUNT, rng)
+            if len(goals) != COUNT:
+                _refuse(world, "word_goals", f"a list of {COUNT} goals")
+        values = np.zeros((COUNT, world.num_actions))
+        right = _answer(world, "first_actions_right", part, goals, obs, values)
+        if np.shape(right) != (COUNT,):
+            _refuse(world, "first_actions_right", "a number a goal")
 
 
 def _check_physics(world, goals):

@@ -9,7 +9,7 @@ import env
 import rl
 from data.policies import load_policy, save_policy
 from data.transitions import GoalTable
-from experiment import evaluation
+from experiment import evaluation, words
 from experiment.evaluation import EvaluateArguments, Evaluation, Trial
 from rl import LearnArguments
 
@@ -29,7 +29,8 @@ def test_policies_survive_the_disk_and_take_the_networks_best_action(tmp_path):
         best = network(x[..., 10:], x[..., :10])[0].argmax(-1).numpy()
     assert (best[0] != best[1]).any()
     for seed in range(2):
-        act = evaluation.policy_of(loaded, seed, goals, scale)
+        values = evaluation.values_of(loaded, seed, goals, scale)
+        act = lambda obs, rows, values=values: values(obs, rows).argmax(-1).numpy()
         assert (act(obs, np.arange(9)) == best[seed]).all()
         still = np.array([2, 7])  # the rows of those that still run
         assert (act(obs[still], still) == best[seed][still]).all()
@@ -84,7 +85,7 @@ def test_the_last_policies_play_all_episodes_and_checkpoints_the_first_of_each_l
     goals = {"offline": world.sample_goals("offline", "train", 3, np.random.default_rng(0))}
     goals["easy"] = world.sample_goals("easy", "test", 3, np.random.default_rng(0))
     texts = [goal.text for level in goals.values() for goal in level]
-    GoalTable(texts, torch.zeros(6, 4)).save(tmp_path / "goals.safetensors")
+    table = GoalTable(texts, torch.zeros(6, 4))
     for step in SETTINGS.checkpoints:
         path = tmp_path / SETTINGS.policy_file("bc", step)
         network = rl.SeededMLP([0, 1], [14, 6, ACTIONS])
@@ -100,7 +101,7 @@ def test_the_last_policies_play_all_episodes_and_checkpoints_the_first_of_each_l
     trials = evaluation.trials(SETTINGS, settings)
     assert trials == [Trial("bc", seed, step) for step in (100, 98, 50) for seed in (0, 1)]
     starts = [np.zeros((6, 1)), np.ones((6, 1))]
-    won = dict(Evaluation(SETTINGS, settings, goals, starts).play(world, tmp_path, trials))
+    won = dict(Evaluation(SETTINGS, settings, goals, starts).play(world, table, tmp_path, trials))
     for trial in trials:
         own_goals, own_starts = played[trial]
         assert len(own_goals) == (6 if trial.step == 100 else 4)
@@ -109,8 +110,23 @@ def test_the_last_policies_play_all_episodes_and_checkpoints_the_first_of_each_l
         assert won[trial].astype(int).tolist() == expected
     assert [goal.text for goal in played[trials[-1]][0]] == [*texts[:2], *texts[3:5]]
     settings = EvaluateArguments(episodes=3, curve_episodes=2, report_last=2)
-    won = dict(Evaluation(SETTINGS, settings, goals, starts).play(world, tmp_path, trials))
+    won = dict(Evaluation(SETTINGS, settings, goals, starts).play(world, table, tmp_path, trials))
     assert [len(played[trial][0]) for trial in trials] == [6, 6, 6, 6, 4, 4]
+
+
+def test_goals_in_new_words_are_drawn_and_played_apart_and_change_nothing_for_others(world):
+    rng = np.random.default_rng(0)
+    goals = {"hard": world.sample_goals("hard", "test", 40, rng)}
+    hard = goals["hard"]
+    assert [rows.tolist() for rows in words.groups_of(hard)] == [[*range(40)]]
+    goals["words"] = world.sample_goals("words", "test", 5, rng)
+    both = hard + goals["words"]
+    groups = [rows.tolist() for rows in words.groups_of(both)]
+    assert groups == [[*range(40)], [*range(40, 45)]]
+    alone = words.draw_starts(world, hard, np.random.default_rng(1))
+    starts = words.draw_starts(world, both, np.random.default_rng(1))
+    assert starts.shape == (45, 69) and (starts[:40] == alone).all()
+    assert not world.fulfilled(both, world.observe(starts)).any()
 
 
 WON = {  # one level; episodes 0 and 1 are those of the curve

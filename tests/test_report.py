@@ -88,9 +88,9 @@ def test_every_picture_says_what_it_shows_and_follows_the_dark(page_of, world):
     alts = [attributes["alt"] for attributes in found if "alt" in attributes]
     assert len(alts) == 2 and alts[0] == "imagined, 1 action: goal met; changed: red 0.40 m left"
     labels = [attributes["aria-label"] for attributes in found if attributes.get("role") == "img"]
-    assert len(labels) == 10 and sum("cql 0.62" in label for label in labels) == 1
+    assert len(labels) == 13 and sum("cql 0.62" in label for label in labels) == 1
     drawings = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert "prefers-color-scheme: dark" in page and len(drawings) == 10
+    assert "prefers-color-scheme: dark" in page and len(drawings) == 13
     for drawing in drawings:
         assert "currentColor" in drawing and "<text" in drawing
         assert report.INK not in drawing and "#ffffff" not in drawing
@@ -128,7 +128,7 @@ def test_results_stand_beside_the_papers_in_the_papers_world(page_of):
     cells = cells_of(page_of(change=lambda r: r["quality"]["hard"].update(match=0.4567)))
     assert ["paper: best of the level", "0.600", "0.450", "0.350", "0.090"] in cells
     assert ["paper: cql+kalm", "0.271"] in cells and ["paper", "0.850", "0.360", "0.280"] in cells
-    assert ["meet their goal as imagined", "0.457"] in [[row[0], row[-1]] for row in cells]
+    assert ["meet their goal as imagined", "0.457"] in [row[:1] + row[4:5] for row in cells]
 
 
 def test_another_world_has_its_own_figures_and_none_of_the_papers(page_of):
@@ -152,13 +152,13 @@ def results_with(*methods):
     rows = {method: dict.fromkeys(env.LEVELS, cell) for method in methods}
     rows["llm"] = dict.fromkeys(env.LEVELS, alone)
     goals = dict.fromkeys(env.LEVELS, [str(number) for number in range(20)])
-    return {"success": rows, "goals": goals, "config": {}}
+    return {"success": rows, "goals": goals, "config": {}, "words": {}}
 
 
 def test_the_table_fits_80_columns_of_any_terminal():
     results = results_with("bc", "mine+relabel", "a_long_method+kalm")
     header, *lines = report.results_table(results)
-    assert header.split() == ["method", *env.LEVELS] and "".join(lines).isascii()
+    assert header.split() == ["method", *env.LEVELS[:4]] and "".join(lines).isascii()
     assert {len(line) for line in lines} == {len(header)} and len(header) <= 80
     assert lines[0].split() == ["bc", *["0.123", ".00,1.0"] * 4]
     assert lines[-1].split() == ["llm", *["1.000", "1.0,1.0"] * 4]
@@ -180,6 +180,39 @@ def test_the_table_has_differences_to_controls_in_as_many_columns():
     assert lines[6].split() == ["-", "relabel", *same * 2, "-.12", "-1.0,.00", *same]
 
 
+def test_what_is_made_of_new_words_stands_below_in_the_same_columns(page_of):
+    results = results_with("bc", "a_long_method+kalm")
+    rates = {"new": [0.4567, 0.4, 1.0], "nonsense": [0.401, 0, 1], "known": [1.0, 1, 1]}
+    figures = {"ball": {**rates, "gain": [0.0557, -0.1, 0.2]}}
+    results["words"] = {"a_long_method+kalm": figures, "llm": {**figures, "direction": rates}}
+    blank, header, ours, _ = report.results_table(results)[-4:]
+    assert (blank, header.split()) == ("", "in new words success ball nonsense known".split())
+    assert ours.split() == ["a_long_method+kalm", ".12", ".46", ".40,1.0", ".40", "1.0"]
+    results["words"] = dict.fromkeys(results["success"], {"ball": figures["ball"], "way": rates})
+    lines = report.results_table(results)[-4:]
+    assert {len(line) for line in lines} == {len(lines[0])} and len(lines[0]) <= 80
+    page = page_of(change=lambda r: r.update(words={"llm": figures}))
+    cells = cells_of(page)
+    assert ["method", "ball, new", "ball, nonsense", "ball, known", "ball, gain"] in cells
+    assert ["llm", "0.457 (0.40, 1.00)", "0.401 (0.00, 1.00)"] in [row[:3] for row in cells]
+
+
+def test_a_world_without_new_words_says_nothing_of_them(page_of):
+    page = page_of(change=lambda results: results.update(words={}))
+    assert "New words" not in page and "nonsense" not in page
+
+
+def test_held_out_figures_are_drawn_over_grounding_beside_the_papers():
+    log = [{"step": 5, "loss": 1.0}]
+    for step, rate in ((10, 0.2), (20, 0.6)):
+        log.append({"step": step, "eval_action_accuracy": rate, "eval_easy_state": rate / 2})
+    axes = report.Figure().subplots()
+    report.draw_held_out(axes, log)
+    easy, action, *papers = [list(line.get_ydata()) for line in axes.lines]
+    assert (easy, action) == ([0.1, 0.3], [0.2, 0.6])
+    assert [line[0] for line in papers] == list(report.PAPER_HELD_OUT)
+
+
 def test_the_page_draws_success_over_training_where_there_are_checkpoints(page_of):
     def one_seed_more(results):
         results["curves"]["cql"]["hard"] = [[30, [0.0, 0.25, 0.5]], [60, [0.25, 0.5, 0.75]]]
@@ -187,9 +220,9 @@ def test_the_page_draws_success_over_training_where_there_are_checkpoints(page_o
 
     page = page_of(change=one_seed_more)
     labels = re.findall(r'aria-label="Success over training on level (\w+)[^"]* cql ([.\d]+)', page)
-    assert [level for level, _ in labels] == list(env.LEVELS) and labels[-1][1] == "0.50"
+    assert [level for level, _ in labels] == list(env.LEVELS) and labels[3][1] == "0.50"
     rows = [row for row in cells_of(page) if row[:1] == ["cql"]]
-    assert rows[-1][4] == "0.457" and len(rows) == 2
+    assert rows[1][4] == "0.457" and len(rows) == 3
     axes = report.Figure().subplots()
     results = {"curves": {"bc": {"hard": [[30, [0.0, 0.4]], [60, [0.5, 0.5]]]}}}
     report.draw_training(axes, results, "hard")

@@ -1,6 +1,7 @@
 """CLEVR-Robot's goals in words: built-in sentences; how texts are read, drawn and scored."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_built_in_goals_are_as_many_as_asked_for():
     for p in sentences.PATTERNS:
         count[p["level"], p["split"]] += 1
     assert count["offline", "train"] >= 18
-    for level, least in (("rephrase", 40), ("easy", 80), ("hard", 40)):
+    for level, least in (("rephrase", 40), ("easy", 80), ("hard", 40), ("words", 12)):
         parts = count[level, "validation"], count[level, "test"]
         assert sum(parts) >= least and min(parts) >= least // 3 and count[level, "train"] == 0
     inferred = [p for p in sentences.PATTERNS if p["relations"] == [["a", "b", "-d"]]]
@@ -42,10 +43,66 @@ def test_sampled_goals_use_all_colours_and_directions_and_name_their_balls(world
     assert {direction for _, _, direction in relations} == set(DIRECTIONS)
     for g in goals:
         balls = {ball for relation in g.relations for ball in relation[:2]} - {None}
-        assert all(ball in g.text.lower() for ball in balls), g.text
+        assert level == "words" or all(ball in g.text.lower() for ball in balls), g.text
         assert g.level == level and "{" not in g.text
     with pytest.raises(ValueError, match="no built-in goals"):
         world.sample_goals(level, "nowhere", 1, np.random.default_rng(6))
+
+
+def words_in(text):
+    return set(re.findall("[a-z0-9]+", re.sub("{.*?}", "", text.lower())))
+
+
+def new_words(split):
+    """{what is named: words} of a split, and as a set the single words in them."""
+    lists = sentences.NEW_WORDS[split]
+    named = {"noun": lists["noun"], **lists["ball"]}
+    for direction in DIRECTIONS:
+        named[direction] = [phrase[direction] for phrase in lists["direction"]]
+    return named, set().union(*(words_in(word) for own in named.values() for word in own))
+
+
+def test_new_words_are_in_no_other_list_and_validation_and_test_share_none():
+    (validation, ours), (test, theirs) = new_words("validation"), new_words("test")
+    for name in (*COLORS, *DIRECTIONS):
+        both = [word.lower() for word in validation[name] + test[name]]
+        assert len(set(both)) == len(both) >= 12, name
+    assert not ours & theirs
+    others = {word for p in sentences.PATTERNS for word in words_in(p["text"])}
+    others |= {word for table in sentences.PHRASES.values() for word in words_in(str(table))}
+    others |= {word for text in sentences.canonical_goals() for word in words_in(text)}
+    nonsense = set(sentences.NONSENSE)
+    assert not others & (ours | theirs | nonsense) and not nonsense & (ours | theirs)
+    known = (*COLORS, *DIRECTIONS)
+    assert not [w for w in ours | theirs | nonsense if any(name in w for name in known)]
+
+
+def test_phrases_of_new_directions_tell_none_of_them_by_their_form():
+    for split in ("validation", "test"):
+        for phrase in sentences.NEW_WORDS[split]["direction"]:
+            assert set(phrase) == {"phrase", *DIRECTIONS} and phrase["phrase"].count("{}") == 1
+
+
+@pytest.mark.parametrize("part", [*sentences.PARTS, None])
+def test_new_nonsense_and_known_words_make_the_same_goals(world, part):
+    of_kind = {}
+    for kind in ("new", "nonsense", "known"):
+        rng = np.random.default_rng(3)
+        of_kind[kind] = world.word_goals(part, kind, "test", 60, rng)
+    _, theirs = new_words("test")
+    parts_new = set()
+    for new, nonsense, known in zip(*of_kind.values()):
+        assert new.level == "words" and new.kind == "relation"
+        assert new.relations == nonsense.relations == known.relations
+        assert not words_in(known.text) & (theirs | set(sentences.NONSENSE))
+        assert words_in(new.text) & theirs and not words_in(nonsense.text) & theirs
+        (ball, other, direction), phrases = new.relations[0], sentences.PHRASES["of"]
+        assert f"the {ball} ball" in known.text.lower().replace("a ", "the ")
+        named = {ball, other} <= words_in(new.text), phrases[direction] in new.text.lower()
+        parts_new.add(named)
+    expected = {"ball": {(False, True)}, "direction": {(True, False)}}
+    every = {(False, True), (True, False), (False, False)}
+    assert parts_new == expected.get(part, every)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def trainer_of(model, tokenizer, world, rollouts, work, **options):
         processing_class=tokenizer,
         world=world,
         held_out=rollouts,
+        measure=ground.held_out_figures,
     )
 
 

@@ -141,7 +141,7 @@ def test_principal_components_of_training_texts_are_numpys_and_outlive_the_disk(
     table.save(tmp_path / "goals.safetensors")
     loaded = GoalTable.load(tmp_path / "goals.safetensors")
     with_all = GoalTable.encode(training, [*novel, "Move it."], *encoder, 5)
-    added = loaded.with_text("Move it.", *encoder)
+    added = loaded.with_texts(["Move it."], *encoder)
     torch.testing.assert_close(added.table, with_all.table, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="--goal_dimensions 12: .* no more than 11"):
         GoalTable.encode(training, novel, *encoder, 12)
@@ -151,6 +151,6 @@ def test_a_goal_added_to_a_table_is_encoded_as_if_it_had_been_there():
     model, tokenizer = llm.tiny(SENTENCES)
     encoder = model.base_model, tokenizer
     together = GoalTable.encode(SENTENCES[:9], SENTENCES[-1:], *encoder)
-    added = GoalTable.encode(SENTENCES[:9], [], *encoder).with_text(SENTENCES[-1], *encoder)
+    added = GoalTable.encode(SENTENCES[:9], [], *encoder).with_texts(SENTENCES[-1:], *encoder)
     assert added.index == together.index
     torch.testing.assert_close(added.table, together.table, rtol=1e-4, atol=1e-4)

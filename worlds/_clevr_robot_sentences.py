@@ -10,13 +10,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from env import Goal
+from env import WORDS, Goal
 
 COLORS = ("red", "blue", "green", "purple", "cyan")
 DIRECTIONS = ("behind", "left", "front", "right")  # the opposite is two further
 SENTENCES = json.loads(Path(__file__).with_name("clevr_robot.json").read_text(encoding="utf-8"))
 PATTERNS = SENTENCES["patterns"]
 PHRASES = SENTENCES["phrases"]
+NEW_WORDS = SENTENCES["words"]  # by split; in no other sentence
+NONSENSE = NEW_WORDS["nonsense"]
+SLOTS = {"ball": ("a", "b"), "direction": ("d_of",)}  # of the parts that new words can name
+PARTS = tuple(SLOTS)
+PARTS_IN_TURN = (PARTS[:1], PARTS[1:], PARTS)
 
 Relation = tuple[str, str | None, str]  # ball, other ball, direction
 
@@ -24,9 +29,14 @@ Relation = tuple[str, str | None, str]  # ball, other ball, direction
 # Writing
 
 
-def fill_pattern(pattern: dict, colors: Sequence[str], directions: Sequence[str]) -> Goal:
-    """Goal from a pattern; colors: for {a} {b} {c} {e}, directions: for {d} {d2} {d3}, in turn."""
-    words = dict(zip("abce", colors))
+def fill_pattern(
+    pattern: dict, colors: Sequence[str], directions: Sequence[str], said: dict | None = None
+) -> Goal:
+    """Goal from a pattern; colors: for {a} {b} {c} {e}, directions: for {d} {d2} {d3}, in turn.
+
+    said: words for some slots instead of the usual ones.
+    """
+    words = {"o": "ball", **dict(zip("abce", colors))}
     names = {None: None, **words}
     for slot, direction in zip(("d", "d2", "d3"), directions):
         names[slot] = direction
@@ -36,9 +46,43 @@ def fill_pattern(pattern: dict, colors: Sequence[str], directions: Sequence[str]
     relations = []
     for relation in pattern["relations"]:
         relations.append(tuple(names[name] for name in relation))
-    text = pattern["text"].format(**words)
+    text = pattern["text"].format(**{**words, **(said or {})})
     text = text[0].upper() + text[1:]
     return Goal(text, pattern["level"], pattern["kind"], tuple(relations))
+
+
+def patterns_of(level: str, split: str) -> list[dict]:
+    """The patterns of a level and split. Raises ValueError if there are none."""
+    found = [p for p in PATTERNS if p["level"] == level and p["split"] == split]
+    if not found:
+        raise ValueError(f"no built-in goals of level {level!r} in split {split!r}")
+    return found
+
+
+def word_goals(part: str | None, words: str, split: str, n: int, rng) -> list[Goal]:
+    """n goals of level words, as `ClevrRobot.word_goals` has them.
+
+    New and nonsense words for directions come in the same phrases, which alone tell nothing.
+    """
+    pick = lambda items: items[rng.integers(len(items))]
+    patterns = patterns_of(WORDS, split)
+    lists = NEW_WORDS[split]
+    goals = []
+    for number in range(n):
+        a, b = (COLORS[ball] for ball in rng.permutation(5)[:2])
+        direction = pick(DIRECTIONS)
+        phrase = pick(lists["direction"])
+        new = {"a": pick(lists["ball"][a]), "b": pick(lists["ball"][b]), "o": pick(lists["noun"])}
+        new["d_of"] = phrase["phrase"].format(phrase[direction])
+        nonsense = dict(zip(new, rng.permutation(NONSENSE).tolist()))
+        nonsense["d_of"] = phrase["phrase"].format(nonsense["d_of"])
+        said = {"new": new, "nonsense": nonsense, "known": {}}[words]
+        slots = {"o"}
+        for name in (part,) if part else PARTS_IN_TURN[number % 3]:
+            slots.update(SLOTS[name])
+        said = {slot: word for slot, word in said.items() if slot in slots}
+        goals.append(fill_pattern(pick(patterns), (a, b), [direction], said))
+    return goals
 
 
 def canonical_sentence(ball: str, other: str, direction: str) -> str:
@@ -67,6 +111,36 @@ PLAIN_SENTENCE = re.compile(
     "(behind|left(?= of| side of)|in front(?= of)|right(?= of| side of))(?: side)?(?: of)? "
     f"{BALL}(?:,? please)?[.!]*"
 )
+
+
+class Lexicon:
+    """What `experiment.restate` needs, to say new words for colours in those of training."""
+
+    hint = "Colors: a banana is yellow, coal is black, snow is white. {} is"
+    answers = COLORS
+
+    @staticmethod
+    def places(text: str) -> list[re.Match]:
+        """Where a text has a word that training lacks before a ball; before another such word too,
+        "the crimson pellet", if it names no ball else. Group 1 is the word.
+        """
+        is_new = lambda word: trained_words().isdisjoint(word.lower().split("-"))
+        found = []
+        for place in re.finditer(r"\b(?:the|a) ([\w-]+)(?= ([\w-]+))", text, re.IGNORECASE):
+            noun = place[2].lower()
+            may_be_ball = noun == "ball" or is_new(noun) and not colors_in(text)
+            if is_new(place[1]) and may_be_ball:
+                found.append(place)
+        return found
+
+
+@functools.cache
+def trained_words() -> set[str]:
+    """All words of training sentences and explanations."""
+    texts = [pattern["text"] for pattern in PATTERNS if pattern["split"] == "train"]
+    texts += [" ".join(phrases.values()) for phrases in PHRASES.values()]
+    texts += canonical_goals()
+    return set(re.findall("[a-z]+", " ".join(texts).lower()))
 
 
 @functools.cache

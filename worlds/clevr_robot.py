@@ -16,7 +16,7 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 
-from env import UNJUDGED, Goal, World
+from env import UNJUDGED, WORDS, Goal, World
 from worlds import _clevr_robot_sentences as sentences
 from worlds._clevr_robot_picture import draw_table
 from worlds._clevr_robot_sentences import COLORS, DIRECTIONS
@@ -194,6 +194,8 @@ class ClevrRobot(World):
     observation_scale = 0.3
     kinds = KINDS
     one_step_kinds = ("step",)
+    word_parts = sentences.PARTS
+    lexicon = sentences.Lexicon()
     objects = len(COLORS)
 
     # Physics
@@ -246,12 +248,9 @@ class ClevrRobot(World):
 
     def sample_goals(self, level: str, split: str, n: int, rng) -> list[Goal]:
         """Every pattern of the split in turn, filled with random colours and directions."""
-        patterns = []
-        for pattern in sentences.PATTERNS:
-            if pattern["level"] == level and pattern["split"] == split:
-                patterns.append(pattern)
-        if not patterns:
-            raise ValueError(f"no built-in goals of level {level!r} in split {split!r}")
+        if level == WORDS:
+            return self.word_goals(None, "new", split, n, rng)
+        patterns = sentences.patterns_of(level, split)
         order = rng.permutation(len(patterns))
         goals = []
         for number in range(n):
@@ -260,6 +259,26 @@ class ClevrRobot(World):
             pattern = patterns[order[number % len(order)]]
             goals.append(sentences.fill_pattern(pattern, colors, directions))
         return goals
+
+    def word_goals(self, part: str | None, words: str, split: str, n: int, rng) -> list[Goal]:
+        """n goals, a part named (None: each in turn, then both) in new, nonsense or known words."""
+        return sentences.word_goals(part, words, split, n, rng)
+
+    def first_actions_right(self, part: str, goals, obs, values) -> Array:
+        """Whether values of first actions (B, num_actions) show a part to be understood, (B,); NaN
+        where that is not clear. ball: the best action moves one of the goal's two, chance .40.
+        direction: it is the best of the expert's for the four, if all differ, chance .25.
+        """
+        encoded = self.encode_goals(goals)
+        if part == "ball":
+            moved = values.argmax(1)[:, None] // 8
+            return (moved == encoded[:, 1:3]).any(1).astype(float)
+        asked = np.repeat(encoded, 4, 0)
+        asked[:, 3] = np.tile(np.arange(4), len(encoded))
+        actions = self.expert_actions(asked, np.repeat(obs, 4, 0)).reshape(-1, 4)
+        all_differ = (np.diff(np.sort(actions, 1), axis=1) > 0).all(1)
+        preferred = np.take_along_axis(values, actions, 1).argmax(1)
+        return np.where(all_differ, preferred == encoded[:, 3], np.nan)
 
     def goal_of_text(self, text: str) -> Goal:
         """Judged where a sentence plainly says to put one ball on a side of another."""
