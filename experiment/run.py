@@ -88,8 +88,8 @@ class Run:
             language_model, tokenizer = self.load_llm(layers)
             encoder = language_model.base_model
         else:
-            options = {**llm.source(name), "dtype": torch.float32}
-            encoder = transformers.AutoModel.from_pretrained(**options)
+            where = llm.source(name)
+            encoder = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32)
             tokenizer = llm.load_tokenizer(name)
         return encoder.to(PartialState().device), tokenizer
 
