@@ -132,7 +132,7 @@ class Run:
         """Goals as their agents hear them: where the world has a lexicon, with known words for new
         ones, if the LLM is to find them.
         """
-        lexicon = self.world.lexicon if self.world.word_parts and restates else None
+        lexicon = getattr(self.world, "lexicon", None) if restates else None
         places = [place for goal in goals if lexicon for place in lexicon.places(goal.text)]
         if not places:
             return list(goals)
