@@ -140,7 +140,7 @@ class World:
     # object * moves + move: the model then predicts dynamics as seen from the acted object.
     # 1: no such structure, a plain head.
     objects: int = 1
-    # Parts of goals with new words: then also `word_goals`, `first_actions_right`, `lexicon`.
+    # Parts of goals with new words: then also `word_goals`, `first_actions_right`, a `lexicon`.
     word_parts: tuple[str, ...] = ()
 
     # Physics

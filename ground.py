@@ -34,7 +34,7 @@ from tasks import GroundingExamples, pack
 
 @dataclass
 class GroundingArguments(transformers.TrainingArguments):
-    """How to ground the LLM: Hugging Face's TrainingArguments and settings of our own."""
+    """Grounding. All other settings of transformers.TrainingArguments are accepted."""
 
     output_dir: str = setting("runs/kalm", "the run's folder", aliases=["--run"])
     keep_layers: int = setting(6, "first layers of the LLM to keep; 0: all")

@@ -66,7 +66,7 @@ from rollout import ImagineArguments
 SCALES = {  # what differs from the settings' own defaults, which are those of a laptop
     "smoke": {
         "llm": "tiny", "train_goals": 40, "rollouts_per_goal": 4, "keep_layers": 0, "lora_rank": 0,
-        "max_steps": 8, "word_goals": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
+        "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
         "new_learning_rate": 1e-3, "logging_steps": 1, "save_steps": 4, "novel_goals": 6,
         "starts_per_goal": 2, "step_starts": 2, "temperatures": "1,1.3", "candidates": 3,
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",

@@ -292,8 +292,7 @@ class ImagineArguments:
     goals: str = setting("", "file of your own novel goals, see data/README.md")
     split: str = setting("test", "of built-in goals: validation (to choose) or test (to report)")
     novel_goals: int = setting(240, "novel goals a level")
-    word_goals: int = setting(400, "goals in new words, to see first actions alone; 0: none")
-    restate: bool = setting(True, "level words in known words, which the base LLM finds")
+    restate: bool = setting(True, "new words as known ones that the LLM finds")
     starts_per_goal: int = setting(16, "starts to imagine from a goal")
     step_starts: int = setting(40, "the same for goals of one action")
     temperatures: str = setting("1,1,1.2,1.2", "of sampling, one for each round of imagining")
@@ -308,7 +307,6 @@ class ImagineArguments:
             raise ValueError(f"--split takes validation or test, got {self.split!r}")
         at_least(1, self, "novel_goals", "starts_per_goal", "step_starts", "imagined_steps")
         at_least(1, self, "candidates", "step_candidates")
-        at_least(0, self, "word_goals")
         if not 0 <= self.visited_share <= 1:
             raise ValueError(f"--visited_share must be from 0 to 1, got {self.visited_share}")
         try:

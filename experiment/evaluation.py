@@ -5,6 +5,7 @@ This file knows policies on disk and worlds, and nothing of how policies are lea
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from data.policies import load_policy
 from data.transitions import GoalTable
 from experiment import words
 from experiment.settings import at_least, setting
-from experiment.words import Question, Values
+from experiment.words import Question
 from rl import MODELS, LearnArguments
 
 
@@ -77,13 +78,9 @@ def read_policy(path: Path, seed_index: int, table: GoalTable, goals) -> env.Pol
     return lambda obs, rows: values(obs, rows).argmax(-1).numpy()
 
 
-def first_values(path: Path, seed_index: int, table: GoalTable) -> Values:
-    """What the policy gives the first actions of any goals, as `words.figures` asks."""
-
-    def values(goals, obs):
-        return read_values(path, seed_index, table, goals)(obs, np.arange(len(obs))).numpy()
-
-    return values
+def first_values(path: Path, seed_index: int, table: GoalTable, goals, obs: ndarray) -> ndarray:
+    """What the policy gives each first action, (B, num_actions), for goals in obs (B, D)."""
+    return read_values(path, seed_index, table, goals)(obs, np.arange(len(obs))).numpy()
 
 
 def successes(
@@ -220,8 +217,9 @@ class Evaluation:
         found = {}
         for method in self.learned.learned_methods if asked else []:
             path = policies / self.learned.policy_file(method, self.learned.rl_steps)
-            seeds = range(self.learned.seeds)
-            agents = [first_values(path, number, table) for number in seeds]
+            agents = []
+            for number in range(self.learned.seeds):
+                agents.append(partial(first_values, path, number, table))
             found[method] = words.figures(world, asked, agents)
         return found
 

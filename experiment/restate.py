@@ -32,14 +32,16 @@ def meanings(
     first = [text_ids(tokenizer, f" {answer}")[0] for answer in lexicon.answers]
     asked = []
     for word in (*words, *ANY_WORDS):
-        asked.append(torch.tensor(text_ids(tokenizer, lexicon.hint.format(word))))
+        prompt = text_ids(tokenizer, lexicon.hint.format(word))
+        asked.append(torch.tensor(prompt))
     found = []
     for start in range(0, len(asked), ROWS):
         prompts = asked[start : start + ROWS]
         ids = pad_sequence(prompts, batch_first=True)  # what is behind a prompt does not change it
         logits = llm(ids.to(llm.device)).logits
         for prompt, row in zip(prompts, logits):
-            found.append(row[len(prompt) - 1].float().log_softmax(-1)[first].cpu())
+            next_word = row[len(prompt) - 1].float().log_softmax(-1)
+            found.append(next_word[first].cpu())
     of_any = torch.stack(found[len(words) :]).mean(0)
     return {word: logs - of_any for word, logs in zip(words, found)}
 
@@ -50,11 +52,17 @@ def restate(text: str, lexicon, of_words: Mapping[str, Tensor]) -> str:
     """
     places = lexicon.places(text)
     words = list(dict.fromkeys(place[1] for place in places))
-    free = [i for i, answer in enumerate(lexicon.answers) if answer not in text.lower().split()]
-    likelihood = lambda chosen: sum(of_words[word][i] for word, i in zip(words, chosen))
+    said = text.lower().split()
+    free = [i for i, answer in enumerate(lexicon.answers) if answer not in said]
+
+    def likelihood(chosen):
+        logs = [of_words[word][i] for word, i in zip(words, chosen)]
+        return sum(logs)
+
     best = max(itertools.permutations(free, len(words)), key=likelihood, default=())
     known = {word: lexicon.answers[i] for word, i in zip(words, best)}
     for place in reversed(places):
+        start, end = place.span(1)
         known_word = known.get(place[1], place[1])
-        text = text[: place.start(1)] + known_word + text[place.end(1) :]
+        text = text[:start] + known_word + text[end:]
     return text

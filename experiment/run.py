@@ -142,16 +142,19 @@ class Run:
         """Goals as their agents hear them: where the world has a lexicon, with known words for new
         ones, if the LLM is to find them.
         """
-        lexicon = self.world.lexicon if self.world.word_parts and restates else None
+        lexicon = getattr(self.world, "lexicon", None) if restates else None
         places = [place for goal in goals if lexicon for place in lexicon.places(goal.text)]
         if not places:
             return list(goals)
-        language_model, tokenizer = self.load_llm(0)
-        if self.recorded("ground").get("random_weights"):  # knows nothing then either
+        grounding = self.recorded("ground")
+        options = {"dtype": self.dtype, "in_4bit": grounding.get("load_in_4bit", False)}
+        language_model, tokenizer = self.load_llm(0, **options)
+        if grounding.get("random_weights"):  # knows nothing then either
             torch.manual_seed(self.seed)
             language_model = transformers.AutoModelForCausalLM.from_config(language_model.config)
+        language_model.eval().to(PartialState().device)
         new = sorted({place[1] for place in places})
-        of_words = restate.meanings(new, lexicon, language_model.eval(), tokenizer)
+        of_words = restate.meanings(new, lexicon, language_model, tokenizer)
         said = [restate.restate(goal.text, lexicon, of_words) for goal in goals]
         return [dataclasses.replace(goal, text=text) for goal, text in zip(goals, said)]
 
@@ -159,7 +162,7 @@ class Run:
         """What first actions are looked at for, as agents hear it, and new words that they hear
         otherwise also as they were said. imagining: its settings.
         """
-        count = imagining["word_goals"]
+        count = 2 * imagining["novel_goals"]  # a first action costs little
         asked = words.questions(self.world, imagining["split"], self.seed, count)
         goals = [goal for question in asked for goal in question.goals]
         goals = self.heard(goals, imagining["restate"])

@@ -138,8 +138,7 @@ def help_text(intro: str, classes: Sequence[type], scales: dict[str, dict]) -> s
     """What `--help` prints: our settings by class, with their defaults at each scale."""
     columns = min(max(shutil.get_terminal_size().columns, 80), 120)
     legend = f"(defaults at {' / '.join(scales)}; the last holds for the rest)"
-    others = "All other settings of transformers.TrainingArguments are accepted too."
-    lines = [intro, legend, others]
+    lines = [intro, legend]
     for each in classes:
         lines += ["", each.__doc__.splitlines()[0]]
         for field in dataclasses.fields(each):

@@ -68,7 +68,7 @@ def questions(world: env.World, split: str, seed: int, count: int) -> list[Quest
     Starts are drawn until it is clear there what is right, which tells nothing of the goal.
     """
     asked = []
-    for number, part in enumerate(world.word_parts if count else ()):
+    for number, part in enumerate(world.word_parts):
         of_kinds = {}
         for words in KINDS:
             rng = np.random.default_rng([seed, 9, number])
@@ -111,11 +111,15 @@ def llm_values(model: KalmForRollouts, tokenizer: Tokenizer, batch_size: int = 1
     def values(goals, obs):
         def work(rows):
             sequences = rollout.prefill(model, tokenizer, [goals[row] for row in rows])
-            sequences.feed(model.embed_states(torch.as_tensor(obs[rows], device=model.device)))
-            return list(model.action_logits(sequences.hidden).float().cpu().numpy())
+            seen = torch.as_tensor(obs[rows], device=model.device)
+            sequences.feed(model.embed_states(seen))
+            logits = model.action_logits(sequences.hidden)
+            return list(logits.float().cpu().numpy())
 
         rows = np.arange(len(goals))
         batches = [rows[start : start + batch_size] for start in rows[::batch_size]]
-        return np.array(in_batches(work, batches, list(map(len, batches)), True, "new words"))
+        costs = [len(batch) for batch in batches]
+        found = in_batches(work, batches, costs, True, "new words")
+        return np.array(found)
 
     return values

@@ -286,8 +286,8 @@ def test_a_run_grounds_with_the_adapter_of_another_and_may_train_it_on(tmp_path,
     assert f"ground would replace {trained / 'grounded'}" in capsys.readouterr().err
     assert smoke(served, "--stage", "ground", "--adapter", adapter, "--max_steps", 3) == 0
     log = folder.read_json(served / "grounded" / "metrics.json")["log"]
-    assert log[:-3] == metrics[0]["log"]
-    assert [entry["step"] for entry in log] == list(range(1, 12))
+    assert log[: len(metrics[0]["log"])] == metrics[0]["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 12))
     card = ModelCard.load(served / "grounded" / "README.md").text
     assert "the adapter `grounded`, trained on for 3 steps of 8 examples" in card
     further = KalmForRollouts.from_pretrained(served / "grounded").state_dict()

@@ -76,7 +76,7 @@ def test_questions_are_heard_in_known_words_and_new_ones_also_as_they_were_said(
 ):
     run = Run(tmp_path, world, "tiny", 0, torch.float32, [])
     monkeypatch.setattr(Run, "recorded", lambda self, stage: {})
-    imagining = {"split": "test", "word_goals": 6, "restate": False}
+    imagining = {"split": "test", "novel_goals": 3, "restate": False}
     kinds = lambda asked, part: [question.words for question in asked if question.part == part]
     said = run.word_questions(imagining)
     assert kinds(said, "ball") == kinds(said, "direction") == list(words.KINDS)
@@ -88,4 +88,3 @@ def test_questions_are_heard_in_known_words_and_new_ones_also_as_they_were_said(
         for goal, original in zip(after.goals, before.goals):
             assert goal.relations == original.relations and goal.text != original.text
             assert not world.lexicon.places(goal.text)
-    assert run.word_questions({**imagining, "word_goals": 0}) == []
