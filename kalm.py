@@ -4,8 +4,7 @@
     accelerate launch kalm.py --stage all      the same, on all its GPUs
 
 Each stage is a function of files to files in --output_dir; what is done and unchanged is skipped.
-This file is the method in the paper's order; how its steps work is in ground, rollout, rl and env,
-what surrounds a run in experiment/.
+This file is the method in the paper's order; its steps work in ground, rollout, rl, dt and env.
 """
 
 import os
@@ -404,6 +403,7 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
 
 IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard")
 IMAGINED += ("quality.json", "words.json")
+HELP = {"-h", "--help"}
 OF_RUN = ("seed", "env", "world_file", "llm", "llm_weights")
 STAGES = {  # function, what it reads and writes, settings of the run that it follows from
     "collect": Stage(collect, (), ("rollouts/real",)),
@@ -414,8 +414,6 @@ STAGES = {  # function, what it reads and writes, settings of the run that it fo
     "report": Stage(write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html",)),
     "act": Stage(act, ("ground", "imagine", "learn")),
 }
-
-HELP = {"-h", "--help"}
 
 
 def main(arguments: list[str] | None = None) -> int:
