@@ -227,14 +227,14 @@ def draw_grounding(axes: Axes, log: list[dict]) -> None:
     axes.legend(fontsize=7, framealpha=0)
 
 
-def draw_held_out(axes: Axes, log: list[dict]) -> None:
-    """Figures of held-out rollouts while the LLM is grounded; dotted: the paper's."""
+def draw_held_out(axes: Axes, log: list[dict], papers: Iterable[float]) -> None:
+    """Figures of held-out rollouts while the LLM is grounded; dotted: the paper's rates."""
     measured = [entry for entry in log if "eval_action_accuracy" in entry]
     for name, words in HELD_OUT_WORDS.items():
         points = [(e["step"], e[f"eval_{name}"]) for e in measured if f"eval_{name}" in e]
         if points:
             axes.plot(*np.transpose(points), label=words)
-    for rate in PAPER_HELD_OUT:
+    for rate in papers:
         axes.axhline(rate, color=INK, linestyle="dotted", linewidth=0.8)
     axes.set(title="held-out rollouts", xlabel="step", ylim=(0, 1))
     _explain_below(axes, columns=2)
@@ -406,7 +406,9 @@ def write(run: Path, world: env.World, imagined: dict[str, list[dict]]) -> dict:
     if log:
         learning_svgs["grounding"] = _page_svg("grounding", draw_grounding, log=log)
     if any("eval_action_accuracy" in entry for entry in log):
-        learning_svgs["held-out rollouts"] = _page_svg("held-out", draw_held_out, log=log)
+        papers = PAPER_HELD_OUT if _is_papers_world(results) else ()
+        held_out_svg = _page_svg("held-out", draw_held_out, log=log, papers=papers)
+        learning_svgs["held-out rollouts"] = held_out_svg
     if curves:
         learning_svgs["offline RL"] = _page_svg("offline-rl", draw_policies, curves=curves)
     ablations = run / "ablations.json"  # tables that docs/results.py writes

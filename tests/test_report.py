@@ -207,7 +207,7 @@ def test_held_out_figures_are_drawn_over_grounding_beside_the_papers():
     for step, rate in ((10, 0.2), (20, 0.6)):
         log.append({"step": step, "eval_action_accuracy": rate, "eval_easy_state": rate / 2})
     axes = report.Figure().subplots()
-    report.draw_held_out(axes, log)
+    report.draw_held_out(axes, log, report.PAPER_HELD_OUT)
     easy, action, *papers = [list(line.get_ydata()) for line in axes.lines]
     assert (easy, action) == ([0.1, 0.3], [0.2, 0.6])
     assert [line[0] for line in papers] == list(report.PAPER_HELD_OUT)
