@@ -45,7 +45,7 @@ def save_random_llm(world):
 world = env.make()
 if not os.path.exists(folder + "/llm"):
     save_random_llm(world)
-command = f"--scale smoke --llm {folder}/llm --output_dir {folder}/run --max_steps 3".split()
+command = f"--scale smoke --llm {folder}/llm --output_dir {folder}/run --max_steps 2".split()
 command += [*arguments, "--eval_strategy", "no", "--save_strategy", "no"]
 assert kalm.main([*command, "--stage", "collect"]) == 0
 found = {}
