@@ -228,11 +228,10 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
         where = (goals_of[level], visited, settings, [run.seed, 3, number], work)
         with run.autocast():
             rounds = rollout.imagine_rounds(model, tokenizer, run.world, level, *where)
-        if PartialState().is_main_process:
-            figures[level] = rollout_figures(run.world, rounds[0])
-            imagined[level] = sum(rounds, [])
-            shown = [f"{name} {value:.3f}" for name, value in figures[level].items()]
-            print(f"  {level:9}{'  '.join(shown)}")
+        figures[level] = rollout_figures(run.world, rounds[0], shared=True)
+        imagined[level] = sum(rounds, [])
+        shown = [f"{name} {value:.3f}" for name, value in figures[level].items()]
+        run.say(f"  {level:9}{'  '.join(shown)}")
     asked = run.word_questions(vars(settings))
     with run.autocast():
         first_actions = words.figures(run.world, asked, [words.llm_values(model, tokenizer)])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import env
+from experiment.processes import in_batches
 
 
 def explanation_figures(
@@ -23,8 +24,10 @@ def explanation_figures(
     return figures
 
 
-def rollout_figures(world: env.World, records: Sequence[dict]) -> dict[str, float]:
-    """Figures of imagined rollouts.
+def rollout_figures(
+    world: env.World, records: Sequence[dict], shared: bool = False
+) -> dict[str, float]:
+    """Figures of imagined rollouts. shared: all processes call this and share the playing.
 
     Of goals that have a judge: match, the rate that fulfils its goal; executed, the rate that does
     when its actions are played in the world from its start; executed_of_matched; action_match, of
@@ -47,10 +50,17 @@ def rollout_figures(world: env.World, records: Sequence[dict]) -> dict[str, floa
     obs = np.concatenate(obs)
     nexts = np.concatenate(nexts)
     starts = world.state_from_observation(first)
-    plans = env.replay(actions)
-    played = env.run_episodes(world, plans, goals, starts, max(lengths))
+
+    def play(rows):
+        plans = env.replay([actions[row] for row in rows])
+        asked = [goals[row] for row in rows]
+        played = env.run_episodes(world, plans, asked, starts[rows], max(lengths))
+        return [record["success"] for record in played]
+
+    batches = np.array_split(np.arange(len(records)), min(len(records), 16))
+    costs = list(map(len, batches))
+    executed = np.array(in_batches(play, batches, costs, shared, "play what was imagined"))
     match = np.array([record["success"] for record in records])
-    executed = np.array([record["success"] for record in played])
     kinds = np.array([goal.kind for goal in goals])
     judged = kinds != env.UNJUDGED
     figures = {"rollouts": len(records)}
