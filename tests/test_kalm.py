@@ -234,7 +234,7 @@ def test_switches_of_hugging_face_do_in_grounding_what_they_do_elsewhere(
     monkeypatch.setattr(ground.GroundingTrainer, "compute_loss", compute_loss)
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     options = "--gradient_accumulation_steps 2 --logging_steps 2 --eval_steps 4".split()
-    saves_memory = [*options, "--gradient_checkpointing", "true"]
+    saves_memory = [*options, "--gradient_checkpointing", "true", "--dataloader_num_workers", "1"]
     for name, given in (("plain", options), ("saving", saves_memory)):
         run = shutil.copytree(smoke_run, tmp_path / name)
         seen.clear(), layers.clear()
