@@ -213,6 +213,17 @@ def test_everything_is_logged_as_json_lines(smoke_run):
     assert min(times) > 1e9
 
 
+@pytest.mark.parametrize("chosen", [None, "/home/me/wandb"])
+def test_trackers_keep_files_where_the_user_says_else_in_the_run(tmp_path, monkeypatch, chosen):
+    monkeypatch.setenv("WANDB_DIR", "")  # so that the end of the test restores it
+    monkeypatch.delenv("WANDB_DIR")
+    if chosen:
+        monkeypatch.setenv("WANDB_DIR", chosen)
+    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: object())
+    logs.check_trackers(["wandb"], tmp_path / "logs")
+    assert os.environ["WANDB_DIR"] == (chosen or str(tmp_path / "logs"))
+
+
 def test_a_curve_begun_again_starts_anew_and_goes_to_every_tracker(tmp_path, monkeypatch):
     calls = []
 
