@@ -215,7 +215,8 @@ def test_everything_is_logged_as_json_lines(smoke_run):
 
 @pytest.mark.parametrize("chosen", [None, "/home/me/wandb"])
 def test_trackers_keep_files_where_the_user_says_else_in_the_run(tmp_path, monkeypatch, chosen):
-    monkeypatch.setenv("WANDB_DIR", "")  # so that the end of the test restores it
+    for name in ("WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.setenv(name, "")  # so that the end of the test restores them
     monkeypatch.delenv("WANDB_DIR")
     if chosen:
         monkeypatch.setenv("WANDB_DIR", chosen)
