@@ -44,11 +44,10 @@ import rollout
 from data import formats, grounded, llm
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
-from experiment import card, command, episode, launch, logs, memory, report, words
+from experiment import card, command, episode, launch, logs, memory, quality, report, words
 from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
 from experiment.grounding import figures_on_the_way, grounding_figures, longer_log
 from experiment.processes import in_batches
-from experiment.quality import rollout_figures
 from experiment.report import ReportArguments
 from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
@@ -198,9 +197,8 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
             with run.autocast():
                 figures = grounding_figures(model, tokenizer, run.world, held_out)
             metrics = {**figures, "log": metrics["log"]}
-        shown = [f"{name} {value:.3f}" for name, value in metrics.items() if name != "log"]
         whose = "" if is_measured else "the adapter on its "
-        print(f"  {whose}held-out rollouts: {', '.join(shown)}")
+        print(f"  {whose}held-out rollouts: {quality.in_words(metrics, ', ')}")
         folder.write_json(aside / "metrics.json", metrics)
         card.write_card(aside, facts, metrics)
     if settings.push_to_hub:
@@ -223,15 +221,14 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     goals_of = {**novel, "offline": trained}
     if env.WORDS in novel:
         goals_of[env.WORDS] = run.heard(novel[env.WORDS], settings.restate)
-    # Words come last: a level's draws follow its place.
-    for number, level in enumerate(sorted(goals_of, key=env.WORDS.__eq__)):
+    levels = sorted(goals_of, key=env.WORDS.__eq__)  # words last: draws follow a level's place
+    for number, level in enumerate(levels):
         where = (goals_of[level], visited, settings, [run.seed, 3, number], work)
         with run.autocast():
             rounds = rollout.imagine_rounds(model, tokenizer, run.world, level, *where)
-        figures[level] = rollout_figures(run.world, rounds[0], shared=True)
+        figures[level] = quality.rollout_figures(run.world, rounds[0], shared=True)
         imagined[level] = sum(rounds, [])
-        shown = [f"{name} {value:.3f}" for name, value in figures[level].items()]
-        run.say(f"  {level:9}{'  '.join(shown)}")
+        run.say(f"  {level:9}{quality.in_words(figures[level], '  ')}")
     asked = run.word_questions(vars(settings))
     with run.autocast():
         first_actions = words.figures(run.world, asked, [words.llm_values(model, tokenizer)])

@@ -3,7 +3,7 @@
 This file knows rollout records and the world that judges them, and no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -87,6 +87,15 @@ def rollout_figures(
         met = world.success(encoded, first, first, first_actions)  # where nothing moves
         figures["action_match"] = met[one_step].mean()
     return {name: float(value) for name, value in figures.items()}
+
+
+def in_words(figures: Mapping[str, object], separator: str) -> str:
+    """Figures that are numbers, on one line."""
+    words = []
+    for name, value in figures.items():
+        if isinstance(value, float):
+            words.append(f"{name} {value:.3f}")
+    return separator.join(words)
 
 
 def mean_or_zero(values: np.ndarray) -> float:
