@@ -22,6 +22,7 @@ if __name__ == "__main__":
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin
 
+import gc
 import itertools
 import shutil
 import time
@@ -493,4 +494,5 @@ if __name__ == "__main__":
     if count > 1 and not HELP & set(sys.argv):
         sys.exit(launch.start(sys.argv[0], sys.argv[1:], count))
     launch.stop_with_launcher()
+    gc.freeze()  # what the imports made stays, so no collection has to walk it
     launch.leave(main())

@@ -6,6 +6,7 @@ Takes further options of `kalm.py`. The peak is of anonymous memory, over what t
 its packages has, as a share of the LLM's weights in bfloat16. Linux alone.
 """
 
+import gc
 import math
 import os
 import sys
@@ -48,6 +49,7 @@ def main(llm, run, *options):
     command = ["--scale", "smoke", "--llm", llm, "--output_dir", run, "--processes", "1"]
     command += ["--bf16", "true", *options]
     assert kalm.main([*command, "--stage", "collect"]) == 0
+    gc.freeze()  # as the command does once it is imported
     own = anonymous()
     began = time.time()
     peak = [own]
