@@ -6,7 +6,6 @@ carries SmolLM2.
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import socket
@@ -138,7 +137,6 @@ def read_config(name: str) -> PreTrainedConfig:
         raise ValueError(f"{name}: {what} {readers} ({reason}); give another model") from None
 
 
-@functools.lru_cache(maxsize=2)  # the probe asks for it first, and reading it takes a while
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a resolved model. Raises ValueError if it has none."""
     try:
