@@ -22,7 +22,7 @@ from tqdm import trange
 import env
 from data import finite
 from data.policies import save_policy
-from data.transitions import Batch, Buffer, GoalTable, encode_texts, sample_batch  # noqa: F401
+from data.transitions import Batch, Batches, Buffer, GoalTable, encode_texts  # noqa: F401
 from experiment import folder
 from experiment.settings import absolute, at_least, setting
 
@@ -357,7 +357,7 @@ class Training:
 
     PARTS = ("algorithm", "optimizer", "schedule")
 
-    def __init__(self, algorithm: Algorithm, seeds: Sequence[int], device):
+    def __init__(self, algorithm: Algorithm, device):
         config = algorithm.config
         self.algorithm = algorithm.to(device)
         self.trained = [part for part in algorithm.children() if part.flat.requires_grad]
@@ -366,7 +366,6 @@ class Training:
             numbers, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.steps)
-        self.generator = Generator(device).manual_seed(int(sum(seeds)) + 17)
         self.curve = []  # (step, loss, norm of the gradient)
 
     def gradient_step(self, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
@@ -389,7 +388,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {"generator": self.generator.get_state(), "curve": self.curve}
+        state["curve"] = self.curve
         buffer = io.BytesIO()  # torch.save to a file has no words for a full disk
         torch.save(state, buffer)
         with folder.replacing(path) as aside:
@@ -402,7 +401,6 @@ class Training:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.generator.set_state(state["generator"])
             self.curve = state["curve"]
         except Exception as error:  # a damaged file can raise anything
             raise ValueError(
@@ -419,6 +417,15 @@ def clip_gradients(networks: Sequence[SeededMLP], largest: float) -> Tensor:
     for gradient in gradients:
         gradient.mul_(scale)
     return norm
+
+
+def scaled(transitions: Batch, config: RLConfig, dtype: torch.dtype) -> Batch:
+    """Transitions as losses get them: about one in size, observations in dtype."""
+    return transitions._replace(
+        obs=(transitions.obs / config.observation_scale).to(dtype),
+        reward=config.reward_scale * transitions.reward,
+        next_obs=(transitions.next_obs / config.observation_scale).to(dtype),
+    )
 
 
 def learn(
@@ -445,27 +452,25 @@ def learn(
     """
     check_name("unknown algorithm", algorithm, list(ALGORITHMS))
     name = description or algorithm
-    table = table.to(real.device, torch.bfloat16 if config.bf16 else torch.float32)
+    device = real.transitions.obs.device
+    table = table.to(device, torch.bfloat16 if config.bf16 else torch.float32)
     inputs = real.transitions.obs.shape[1] + table.shape[1]
     sizes = [inputs, config.width, config.width, num_actions]
-    training = Training(ALGORITHMS[algorithm](seeds, sizes, config), seeds, real.device)
+    training = Training(ALGORITHMS[algorithm](seeds, sizes, config), device)
     if snapshot and snapshot.is_file():
         training.restore(snapshot)
     for step, loss, _ in training.curve if log else []:
         log(step, loss)
+    share = config.imaginary_share
+    batches = Batches(real, imaginary, config.batch, len(seeds), share, int(sum(seeds)))
+    batches.transitions = scaled(batches.transitions, config, table.dtype)
     start = training.schedule.last_epoch
     steps = config.steps
-    share = config.imaginary_share
     for step in trange(
         start, steps, desc=name, initial=start, total=steps, leave=False, mininterval=1
     ):
-        batch = sample_batch(real, imaginary, config.batch, len(seeds), share, training.generator)
-        batch = batch._replace(
-            obs=(batch.obs / config.observation_scale).to(table.dtype),
-            goal=table[batch.goal],
-            reward=config.reward_scale * batch.reward,
-            next_obs=(batch.next_obs / config.observation_scale).to(table.dtype),
-        )
+        batch = batches[step]
+        batch = batch._replace(goal=table[batch.goal])
         loss, norm = training.gradient_step(batch, f"{name}, step {step + 1}")
         if step % max(1, steps // 100) == 0:
             training.curve.append((step, loss.mean().item(), norm.max().item()))

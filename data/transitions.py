@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm import trange
 
 from data.rollouts import terminals_of
@@ -168,28 +168,71 @@ class Buffer:
         if balanced:
             by_goal = np.argsort(columns.goal, kind="stable")
             columns = Batch(*[column[by_goal] for column in columns])
-        self.device = device
         self.balanced = balanced
         self.transitions = Batch(*[torch.as_tensor(column, device=device) for column in columns])
-        _, counts = np.unique(columns.goal, return_counts=True)
-        self.counts = torch.as_tensor(counts, device=device)  # of transitions, goal by goal
-        self.starts = self.counts.cumsum(0) - self.counts
+        _, self.counts = np.unique(columns.goal, return_counts=True)  # of transitions, by goal
+        self.starts = self.counts.cumsum() - self.counts
 
     def __len__(self):
         return len(self.transitions.action)
 
-    def draw(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
         """Rows to train on: uniform over transitions, or over goals and then over each one's."""
         if not self.balanced:
-            return torch.randint(len(self), shape, generator=generator, device=self.device)
-        goal = torch.randint(len(self.counts), shape, generator=generator, device=self.device)
-        count = self.counts[goal]
-        within = torch.rand(shape, generator=generator, device=self.device) * count
-        return self.starts[goal] + within.long().clamp(max=count - 1)  # rounding may reach count
+            return rng.integers(len(self), size=shape)
+        goal = rng.integers(len(self.counts), size=shape)
+        return self.starts[goal] + rng.integers(self.counts[goal])
 
-    def take(self, rows: Tensor) -> Batch:
-        """The transitions of rows of any shape."""
+
+class Batches:
+    """What training steps see: number n of the batches (seeds, size) is batches[n].
+
+    Of each batch all is real but for a share, to which each of the imaginary buffers gives as much
+    as the others. Rows are drawn for BLOCK batches at a time, from a stream of each block's own: so
+    number n is the same for who begins there.
+    """
+
+    BLOCK = 100
+
+    def __init__(
+        self,
+        real: Buffer,
+        imaginary: Sequence[Buffer],
+        size: int,
+        seeds: int,
+        share: float,
+        seed: int,
+    ):
+        self.buffers = [real, *imaginary]
+        bounds = np.linspace(0, round(size * share), len(imaginary) + 1).astype(int)
+        counts = np.diff(bounds)
+        self.counts = [size - counts.sum(), *counts]  # of each buffer's rows in a batch
+        self.seeds = seeds
+        self.seed = seed
+        columns = zip(*[buffer.transitions for buffer in self.buffers])
+        self.transitions = Batch(*[torch.cat(column) for column in columns])
+        self.block = None
+        self.rows = None
+
+    def __getitem__(self, number: int) -> Batch:
+        block, within = divmod(number, self.BLOCK)
+        if block != self.block:
+            self.rows = self._draw(np.random.default_rng([self.seed, block]))
+            self.block = block
+        rows = self.rows[within]
         return Batch(*[column[rows] for column in self.transitions])
+
+    def _draw(self, rng: np.random.Generator) -> Tensor:
+        """Rows of all transitions, (BLOCK, seeds, size)."""
+        first = 0
+        drawn = []
+        for buffer, count in zip(self.buffers, self.counts):
+            shape = (self.BLOCK, self.seeds, count)
+            if count:
+                drawn.append(first + buffer.draw(shape, rng))
+            first += len(buffer)
+        rows = np.concatenate(drawn, axis=2)
+        return torch.as_tensor(rows, device=self.transitions.action.device)
 
 
 def _transitions(record, goal_row):
@@ -203,19 +246,3 @@ def _transitions(record, goal_row):
         next_obs=observations[1:],
         done=terminals_of(record).astype(np.float32),
     )
-
-
-def sample_batch(real: Buffer, imaginary, size, seeds, share, generator: Generator) -> Batch:
-    """A batch (seeds, size): real transitions, then a share from a list of imaginary buffers.
-
-    Each buffer gives as much as the others; where there is none, all is real.
-    """
-    bounds = np.linspace(0, round(size * share), len(imaginary) + 1)
-    counts = np.diff(bounds.astype(int))
-    parts = [(real, size - counts.sum()), *zip(imaginary, counts)]
-    drawn = []
-    for buffer, count in parts:
-        if count:
-            rows = buffer.draw((seeds, count), generator)
-            drawn.append(buffer.take(rows))
-    return Batch(*[torch.cat(column, dim=1) for column in zip(*drawn)])

@@ -1,16 +1,17 @@
 """kalm.py in CPU processes that accelerate takes for GPUs, so that its DDP and FSDP2 paths run:
-`torchrun --nproc_per_node 2 tests/as_if_gpus.py WAY STOP_AT ARGUMENTS`, for test_distributed.py.
+`as_if_gpus.py WAY COPY_AT COPY ARGUMENTS` in each of them, for test_distributed.py.
 
-WAY: ddp, fsdp, or sharded, which is fsdp as configs/fsdp.yaml has it. STOP_AT: the step of
-grounding before which the processes die, as if killed, 0 for none.
+WAY: ddp, fsdp, or sharded, which is fsdp as configs/fsdp.yaml has it. COPY_AT: the step of
+grounding before which the first process copies the run's folder to COPY: what a kill would leave.
 """
 
 import os
+import shutil
 import sys
 
 import conftest  # noqa: F401, first, it sets the import path
 
-way, stop_at, *arguments = sys.argv[1:]
+way, copy_at, copy, *arguments = sys.argv[1:]
 if way != "ddp":
     kind = "SHARDED_STATE_DICT" if way == "sharded" else "FULL_STATE_DICT"
     os.environ |= {
@@ -45,8 +46,12 @@ train_a_step = ground.GroundingTrainer.training_step
 
 
 def training_step(self, *args, **options):
-    if self.state.global_step + 1 == int(stop_at):
-        os._exit(9)
+    if self.state.global_step + 1 == int(copy_at):
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            run = arguments[arguments.index("--output_dir") + 1]
+            shutil.copytree(run, copy)
+        PartialState().wait_for_everyone()
     return train_a_step(self, *args, **options)
 
 

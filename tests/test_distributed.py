@@ -1,6 +1,8 @@
 """Several processes: grounding against one process, whole and sharded; shipped settings."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -14,23 +16,37 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from conftest import ROOT, tiny_llm
 from safetensors.torch import load_file
 
-LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 STEPS = "--scale smoke --stage collect ground --max_steps 5 --logging_steps 1 --save_steps 2"
 STEPS += " --eval_strategy no --bf16 false"
 
 
-def ground_in(run, *options, way=None, stop_at=0, stage=None):
-    """Five steps of grounding in a run's folder, on two processes or, without a way, one: its
-    exit code. One process takes the batches of both together.
+def ground_in(run, *options, way=None, copy="", copy_at=0):
+    """Five steps of grounding in a run's folder, on two processes or, without a way, one, which
+    takes the batches of both together.
     """
-    script = [ROOT / "tests" / "as_if_gpus.py", way or "ddp", stop_at]
-    command = [sys.executable, *(LAUNCHER if way else ()), *script, *STEPS.split()]
-    command += ["--per_device_train_batch_size", "4" if way else "8"]
+    count = 2 if way else 1
+    command = [sys.executable, ROOT / "tests" / "as_if_gpus.py", way or "ddp", copy_at, copy]
+    command += [*STEPS.split(), "--per_device_train_batch_size", 8 // count]
     command += ["--output_dir", run, *options]
-    done = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", timeout=300)
-    if not stop_at:
-        assert done.returncode == 0, done.stderr
-    return done.returncode
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+        place |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+        place = {name: str(value) for name, value in place.items() if way}
+        processes.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env={**os.environ, **place},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+        )
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, errors
 
 
 def losses(run):
@@ -70,8 +86,8 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(
     options = ("--llm", llms[embeddings], "--lora_rank", lora_rank, "--keep_layers", 0)
     alone, whole, killed = tmp_path / "alone", tmp_path / "whole", tmp_path / "killed"
     ground_in(alone, *options)
-    ground_in(whole, *options, way=way)
-    assert ground_in(killed, *options, way=way, stop_at=4) != 0
+    ground_in(whole, *options, way=way, copy=killed, copy_at=4)
+    assert not (killed / "grounded").exists()
     ground_in(killed, *options, way=way)
     assert len(losses(alone)) == 5 and losses(alone)[0][0] > losses(alone)[-1][0]
     np.testing.assert_allclose(losses(whole), losses(alone), rtol=2e-3)
@@ -91,8 +107,8 @@ def test_deepspeed_trains_as_one_process_and_goes_on_after_a_kill(llms, tmp_path
     sharded = (*options, "--deepspeed", tmp_path / "zero.json")
     alone, whole, killed = tmp_path / "alone", tmp_path / "whole", tmp_path / "killed"
     ground_in(alone, *options)
-    ground_in(whole, *sharded, way="ddp")
-    assert ground_in(killed, *sharded, way="ddp", stop_at=4) != 0
+    ground_in(whole, *sharded, way="ddp", copy=killed, copy_at=4)
+    assert not (killed / "grounded").exists()
     ground_in(killed, *sharded, way="ddp")
     np.testing.assert_allclose(losses(whole), losses(alone), rtol=1e-3)
     assert losses(killed) == losses(whole)

@@ -163,8 +163,7 @@ def test_updates_equal_the_ones_computed_by_hand(algorithm):
         imaginary_share=0.5,
         observation_scale=SCALE,
     )
-    generator = torch.Generator().manual_seed(sum(seeds) + 17)
-    batches = [rl.sample_batch(real, [imaginary], 12, 2, 0.5, generator) for _ in range(3)]
+    batches = [rl.Batches(real, [imaginary], 12, 2, 0.5, sum(seeds))[step] for step in range(3)]
     network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config, ACTIONS)
     assert [step for step, *_ in curve] == [0, 1, 2]
     for seed_index, seed in enumerate(seeds):
@@ -369,10 +368,10 @@ def test_numbers_that_are_none_stop_learning_with_method_step_seed_and_row(algor
 
 def test_outputs_that_are_too_large_are_traced_to_their_seed():
     table = toy_table()
-    training = rl.Training(rl.BC([0, 1], [14, 8, ACTIONS], rl.RLConfig()), [0, 1], "cpu")
+    training = rl.Training(rl.BC([0, 1], [14, 8, ACTIONS], rl.RLConfig()), "cpu")
     training.algorithm.policy.flat.data[1] = 1e38
     buffer = rl.Buffer(random_records(8), table)
-    batch = rl.sample_batch(buffer, [], 32, 2, 0, training.generator)
+    batch = rl.Batches(buffer, [], 32, 2, 0, 0)[0]
     with pytest.raises(FloatingPointError, match="here: the loss is nan .*, from seed 1, batch"):
         training.gradient_step(batch._replace(goal=table.table[batch.goal]), "here")
     assert (training.algorithm.policy.flat[1] == 1e38).all()  # no step was taken

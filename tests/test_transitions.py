@@ -6,7 +6,7 @@ import torch
 from test_rl import TEXTS, random_records, toy_record, toy_table
 
 from data import llm
-from data.transitions import Buffer, GoalTable, encode_texts, sample_batch
+from data.transitions import Batches, Buffer, GoalTable, encode_texts
 
 # ------------------------------------------------------------------------------- buffers, batches
 
@@ -15,7 +15,7 @@ def test_a_balanced_buffer_draws_each_goal_alike_and_each_of_its_transitions_ali
     records = [r for r in random_records(40) if r["goal"] != TEXTS[2]] + random_records(3)[2:]
     for balanced in (False, True):
         buffer = Buffer(records, toy_table(), balanced=balanced)
-        rows = buffer.draw((2, 20000), torch.Generator().manual_seed(0))
+        rows = torch.as_tensor(buffer.draw((2, 20000), np.random.default_rng(0)))
         assert rows.shape == (2, 20000)
         drawn = torch.bincount(rows.flatten(), minlength=len(buffer)) / rows.numel()
         goal = buffer.transitions.goal
@@ -63,7 +63,7 @@ def test_a_buffer_lays_transitions_out_flat_and_is_done_at_successful_ends_only(
         [0, 0, 1, 0],
     )
     assert len(buffer) == 4
-    for found, wanted in zip(buffer.take(torch.arange(4)), expected):
+    for found, wanted in zip(buffer.transitions, expected):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -81,12 +81,28 @@ def test_a_batch_is_real_and_imaginary_in_the_asked_shares(share, buffers, expec
     sources = [Buffer(random_records(20, i), toy_table()) for i in range(buffers + 1)]
     for number, buffer in enumerate(sources):
         buffer.transitions.reward[:] = number
-    generator = torch.Generator().manual_seed(0)
-    batch = sample_batch(sources[0], sources[1:], 10, 3, share, generator)
+    batch = Batches(sources[0], sources[1:], 10, 3, share, 0)[250]
     assert [x.shape for x in batch] == [(3, 10, 10), *[(3, 10)] * 3, (3, 10, 10), (3, 10)]
     for row in batch.reward:
         assert [int((row == number).sum()) for number in range(buffers + 1)] == expected
     assert not torch.equal(batch.obs[0], batch.obs[1])  # each seed draws its own
+
+
+def test_a_batch_is_the_same_whoever_asks_and_its_transitions_are_whole():
+    sources = [Buffer(random_records(20, i), toy_table(), balanced=i > 0) for i in range(3)]
+    whole, again = (Batches(sources[0], sources[1:], 12, 2, 0.5, 7) for _ in range(2))
+    asked = [again[number] for number in (205, 3, 99, 100)]
+    for number, batch in zip((205, 3, 99, 100), asked):
+        assert all(map(torch.equal, batch, whole[number]))
+    assert not torch.equal(asked[2].obs, asked[3].obs)
+    known = set()
+    for buffer in sources:
+        columns = [column.reshape(len(buffer), -1).float() for column in buffer.transitions]
+        known |= set(map(tuple, torch.cat(columns, 1).tolist()))
+    columns = [column.reshape(24, -1).float() for column in whole[17]]
+    assert set(map(tuple, torch.cat(columns, 1).tolist())) <= known
+    others = Batches(sources[0], sources[1:], 12, 2, 0.5, 8)[17]
+    assert not torch.equal(others.action, whole[17].action)
 
 
 # --------------------------------------------------------------------------------- goal encodings
