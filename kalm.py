@@ -211,7 +211,7 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
 
 
 def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
-    """Imagined rollouts for novel goals, figures -> rollouts/, goals.jsonl, quality, words.json."""
+    """Imagined rollouts for novel goals, figures -> rollouts/, goals.jsonl, *.json."""
     model, tokenizer = run.load_grounded()
     real, _ = run.real_rollouts()
     visited = np.concatenate([record["observations"][:-1] for record in real])
@@ -220,8 +220,11 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     figures = {}
     imagined = {}
     goals_of = {**novel, "offline": trained}
-    if env.WORDS in novel:
-        goals_of[env.WORDS] = run.heard(novel[env.WORDS], settings.restate)
+    asked = run.word_questions(vars(settings))
+    new = novel.get(env.WORDS, [])
+    heard = run.heard([goal.text for goal in new] + words.texts(asked), settings.restate)
+    if new:
+        goals_of[env.WORDS] = words.as_heard(new, heard)
     levels = sorted(goals_of, key=env.WORDS.__eq__)  # words last: draws follow a level's place
     for number, level in enumerate(levels):
         where = (goals_of[level], visited, settings, [run.seed, 3, number], work)
@@ -230,12 +233,13 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
         figures[level] = quality.rollout_figures(run.world, rounds[0], shared=True)
         imagined[level] = sum(rounds, [])
         run.say(f"  {level:9}{quality.in_words(figures[level], '  ')}")
-    asked = run.word_questions(vars(settings))
+    asked = words.questions_as_heard(asked, heard)
     with run.autocast():
         first_actions = words.figures(run.world, asked, [words.llm_values(model, tokenizer)])
     if not PartialState().is_main_process:
         return
     folder.write_json(run.folder / "words.json", {rl.LLM: first_actions} if asked else {})
+    folder.write_json(run.folder / "heard.json", heard)
     for level in env.NOVEL_LEVELS:
         folder.remove(run.folder / "rollouts" / level)
         if level in imagined:
@@ -323,6 +327,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     of_policies = [trial for trial in mine if trial.method not in rl.MODELS]
     policies = run.folder / "policies"
     asked = run.word_questions(run.recorded("imagine"))
+    asked = words.questions_as_heard(asked, run.heard_before())
     texts = [goal.text for goal in all_goals] + words.texts(asked)
     table = run.goal_table(texts, learned.encoder, learned.encoder_layers)
     won = evaluation.play(run.world, table, policies, of_policies)
@@ -374,7 +379,8 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
         return
     known = {goal.text: goal for goals in run.novel_goals().values() for goal in goals}
     asked = known.get(settings.goal) or run.world.goal_of_text(settings.goal)
-    (goal,) = run.heard([asked], run.recorded("imagine")["restate"])
+    restates = run.recorded("imagine")["restate"]
+    (goal,) = words.as_heard([asked], run.heard([asked.text], restates))
     judge = episode.judge_in_words(run.world, asked, asked.text in known)
     print(f'  goal: "{asked.text}"\n  heard: "{goal.text}"\n  judge: {judge}')
     learned = LearnArguments(**run.recorded("learn"))
@@ -399,7 +405,7 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
 # The command
 
 IMAGINED = ("goals.jsonl", "rollouts/rephrase", "rollouts/easy", "rollouts/hard")
-IMAGINED += ("quality.json", "words.json")
+IMAGINED += ("quality.json", "words.json", "heard.json")
 HELP = {"-h", "--help"}
 OF_RUN = ("seed", "env", "world_file", "llm", "llm_weights")
 STAGES = {  # function, what it reads and writes, settings of the run that it follows from

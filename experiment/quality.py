@@ -10,6 +10,8 @@ import numpy as np
 import env
 from experiment.processes import in_batches
 
+PLAYED = 960  # rollouts that are played in the world, or a few more: enough for a rate
+
 
 def explanation_figures(
     world: env.World, records: Sequence[dict], explanations: Sequence[str]
@@ -30,8 +32,8 @@ def rollout_figures(
     """Figures of imagined rollouts. shared: all processes call this and share the playing.
 
     Of goals that have a judge: match, the rate that fulfils its goal; executed, the rate that does
-    when its actions are played in the world from its start; executed_of_matched; action_match, of
-    one-step goals the action alone. The world's rates of what cannot be (`World.plausibility`).
+    when its actions are played in the world from its start, in an even sample of some PLAYED;
+    executed_of_matched; action_match, of one-step goals the action alone. The world's rates of what cannot be (`World.plausibility`).
     After a self-check explained, the rate whose explanation fits the goal; match_of_explained;
     dynamics_error.
     """
@@ -57,7 +59,8 @@ def rollout_figures(
         played = env.run_episodes(world, plans, asked, starts[rows], max(lengths))
         return [record["success"] for record in played]
 
-    batches = np.array_split(np.arange(len(records)), min(len(records), 16))
+    played = np.arange(0, len(records), max(1, len(records) // PLAYED))
+    batches = np.array_split(played, min(len(played), 16))
     costs = list(map(len, batches))
     executed = np.array(in_batches(play, batches, costs, shared, "play what was imagined"))
     match = np.array([record["success"] for record in records])
@@ -66,8 +69,8 @@ def rollout_figures(
     figures = {"rollouts": len(records)}
     if judged.any():
         figures["match"] = match[judged].mean()
-        figures["executed"] = executed[judged].mean()
-        figures["executed_of_matched"] = mean_or_zero(executed[match])
+        figures["executed"] = mean_or_zero(executed[judged[played]])
+        figures["executed_of_matched"] = mean_or_zero(executed[match[played]])
     figures["actions"] = np.mean(lengths)
     figures |= world.plausibility(obs, nexts)
     if records[0].get("explanation") is not None:

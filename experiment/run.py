@@ -3,7 +3,6 @@
 This file knows where things lie in a run's folder, and nothing of what the stages do with them.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,14 +137,16 @@ class Run:
         folders = {level: self.folder / "rollouts" / level for level in levels}
         return {level: read_rollouts(path, self.world) for level, path in folders.items()}
 
-    def heard(self, goals: Sequence[env.Goal], restates: bool) -> list[env.Goal]:
-        """Goals as their agents hear them: where the world has a lexicon, with known words for new
-        ones, if the LLM is to find them.
+    def heard(self, texts: Sequence[str], restates: bool) -> dict[str, str]:
+        """What agents hear instead of texts: where the world has a lexicon, known words for new
+        ones, if the LLM is to find them. Texts that are heard as they are have no entry.
         """
         lexicon = getattr(self.world, "lexicon", None) if restates else None
-        places = [place for goal in goals if lexicon for place in lexicon.places(goal.text)]
-        if not places:
-            return list(goals)
+        new = set()
+        for text in texts if lexicon else []:
+            new.update(place[1] for place in lexicon.places(text))
+        if not new:
+            return {}
         grounding = self.recorded("ground")
         options = {"dtype": self.dtype, "in_4bit": grounding.get("load_in_4bit", False)}
         language_model, tokenizer = self.load_llm(0, **options)
@@ -153,26 +154,18 @@ class Run:
             torch.manual_seed(self.seed)
             language_model = transformers.AutoModelForCausalLM.from_config(language_model.config)
         language_model.eval().to(PartialState().device)
-        new = sorted({place[1] for place in places})
-        of_words = restate.meanings(new, lexicon, language_model, tokenizer)
-        said = [restate.restate(goal.text, lexicon, of_words) for goal in goals]
-        return [dataclasses.replace(goal, text=text) for goal, text in zip(goals, said)]
+        of_words = restate.meanings(sorted(new), lexicon, language_model, tokenizer)
+        said_again = {text: restate.restate(text, lexicon, of_words) for text in texts}
+        return {text: said for text, said in said_again.items() if said != text}
+
+    def heard_before(self) -> dict[str, str]:
+        """What `heard` has told the stage imagine."""
+        return folder.read_json(self.folder / "heard.json")
 
     def word_questions(self, imagining: Mapping) -> list[words.Question]:
-        """What first actions are looked at for, as agents hear it, and new words that they hear
-        otherwise also as they were said. imagining: its settings.
-        """
+        """What first actions are looked at for. imagining: its settings."""
         count = 2 * imagining["novel_goals"]  # a first action costs little
-        asked = words.questions(self.world, imagining["split"], self.seed, count)
-        goals = [goal for question in asked for goal in question.goals]
-        goals = self.heard(goals, imagining["restate"])
-        heard = []
-        for number, question in enumerate(asked):
-            own = goals[number * count : (number + 1) * count]
-            heard.append(question._replace(goals=own))
-            if question.words == "new" and own != question.goals:
-                heard.append(question._replace(words="as said"))
-        return heard
+        return words.questions(self.world, imagining["split"], self.seed, count)
 
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
         """count judged goals a level, trained and novel ones; few are repeated in turn. Those of
@@ -187,7 +180,6 @@ class Run:
             judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
             if judged:
                 chosen[level] = [judged[number % len(judged)] for number in range(count)]
-            if level == env.WORDS and judged:
-                restates = self.recorded("imagine")["restate"]
-                chosen[level] = self.heard(chosen[level], restates)
+        if env.WORDS in chosen:
+            chosen[env.WORDS] = words.as_heard(chosen[env.WORDS], self.heard_before())
         return chosen

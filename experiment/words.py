@@ -6,7 +6,8 @@ nonsense words, the floor, and in known words, the ceiling. This file knows worl
 are valued, and no method.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,11 @@ class Question(NamedTuple):
     obs: ndarray  # (goals, observation_dim)
 
 
+def as_heard(goals: Sequence[env.Goal], heard: Mapping[str, str]) -> list[env.Goal]:
+    """Goals with the texts that agents hear instead, where there are such (`Run.heard`)."""
+    return [dataclasses.replace(goal, text=heard.get(goal.text, goal.text)) for goal in goals]
+
+
 def texts(asked: Sequence[Question]) -> list[str]:
     """Of all goals of questions."""
     return [goal.text for question in asked for goal in question.goals]
@@ -82,6 +88,17 @@ def questions(world: env.World, split: str, seed: int, count: int) -> list[Quest
             obs[unclear] = world.observe(world.initial_states(rng, len(again), again))
         asked += [Question(part, words, own, obs) for words, own in of_kinds.items()]
     return asked
+
+
+def questions_as_heard(asked: Sequence[Question], heard: Mapping[str, str]) -> list[Question]:
+    """Questions as agents hear them; new words that they hear otherwise also as they were said."""
+    found = []
+    for question in asked:
+        goals = as_heard(question.goals, heard)
+        found.append(question._replace(goals=goals))
+        if question.words == "new" and goals != question.goals:
+            found.append(question._replace(words="as said"))
+    return found
 
 
 def figures(world: env.World, asked: Sequence[Question], agents: Sequence[Values]) -> dict:

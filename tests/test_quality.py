@@ -41,6 +41,13 @@ def test_rollouts_match_in_imagination_and_when_their_actions_are_played(world, 
     assert "action_match" not in quality.rollout_figures(world, records[3:])
 
 
+def test_of_many_rollouts_an_even_sample_is_played(world, records, monkeypatch):
+    monkeypatch.setattr(quality, "PLAYED", 2)
+    figures = quality.rollout_figures(world, records)  # the first and the third
+    assert figures["rollouts"] == 4 and figures["match"] == 2 / 4
+    assert (figures["executed"], figures["executed_of_matched"]) == (1 / 2, 1)
+
+
 def test_a_self_check_adds_what_fits_and_what_is_believed(world, records):
     words = ("Green went left.", "Red went left.", "Green, red.", "Green beside red.")
     errors = ([0], [0.2], [0], [0, 0.3])

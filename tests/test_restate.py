@@ -76,11 +76,12 @@ def test_questions_are_heard_in_known_words_and_new_ones_also_as_they_were_said(
 ):
     run = Run(tmp_path, world, "tiny", 0, torch.float32, [])
     monkeypatch.setattr(Run, "recorded", lambda self, stage: {})
-    imagining = {"split": "test", "novel_goals": 3, "restate": False}
     kinds = lambda asked, part: [question.words for question in asked if question.part == part]
-    said = run.word_questions(imagining)
+    said = run.word_questions({"split": "test", "novel_goals": 3})
+    assert run.heard(words.texts(said), False) == {}
+    assert words.questions_as_heard(said, {}) == said
     assert kinds(said, "ball") == kinds(said, "direction") == list(words.KINDS)
-    heard = run.word_questions({**imagining, "restate": True})
+    heard = words.questions_as_heard(said, run.heard(words.texts(said), True))
     assert kinds(heard, "direction") == list(words.KINDS)
     assert kinds(heard, "ball") == ["new", "as said", "nonsense", "known"]
     assert heard[1].goals == said[0].goals
