@@ -369,11 +369,10 @@ def run_episodes(
             paths[row].append(current[row].copy())
             actions[row].append(taken)
         running = running[~met & ~one_step[running]]
-    records = []
-    for goal, path, taken in zip(goals, map(np.array, paths), actions):
-        taken = np.array(taken, np.int64)
-        records.append(rollout_record(world, goal, world.observe(path), taken, states=path))
-    return records
+    episodes = []
+    for path, taken in zip(map(np.array, paths), actions):
+        episodes.append((world.observe(path), np.array(taken, np.int64), path))
+    return rollout_records(world, goals, episodes)
 
 
 def expert_rollouts(
@@ -385,36 +384,34 @@ def expert_rollouts(
     return run_episodes(world, expert, goals, states, max_steps)
 
 
-def replay(plans: Sequence[Sequence[int]]) -> Policy:
-    """A policy that plays fixed action sequences; past its end a plan repeats its last action."""
-    played = np.zeros(len(plans), int)
+def rollout_records(
+    world: World, goals: Sequence[Goal], episodes: Sequence[tuple], imagined: bool = False
+) -> list[dict]:
+    """Rows of a rollouts dataset: rewards and success are judged here, real or imagined.
 
-    def policy(obs, rows):
-        actions = [plans[row][min(played[row], len(plans[row]) - 1)] for row in rows]
-        played[rows] += 1
-        return np.array(actions)
-
-    return policy
-
-
-def rollout_record(
-    world: World, goal: Goal, observations, actions, states=None, imagined: bool = False
-) -> dict:
-    """One row of a rollouts dataset: rewards and success are judged here, real or imagined.
-
-    observations: (T+1, observation_dim); actions: (T,); states: (T+1, state_dim) where known.
+    episodes: of each goal (T+1, observation_dim) observations, (T,) actions and, where they are
+    known, (T+1, state_dim) states, else None.
     """
-    encoded = np.repeat(world.encode_goals([goal]), len(actions), 0)
-    transitions = (encoded, observations[:-1], observations[1:], actions, imagined)
-    last_step = world.success(*transitions)[-1:]
-    record = goal.to_json()
-    record["goal"] = record.pop("text")
-    record["observations"] = np.asarray(observations, np.float32)
-    record["actions"] = np.asarray(actions, np.int64)
-    record["rewards"] = world.reward(*transitions).astype(np.float32)
-    record["success"] = bool(last_step.any())
-    record["states"] = None if states is None else np.asarray(states, np.float64)
-    return record
+    if not episodes:
+        return []
+    before, after, actions = zip(*[(seen[:-1], seen[1:], taken) for seen, taken, _ in episodes])
+    lengths = [len(taken) for taken in actions]
+    encoded = np.repeat(world.encode_goals(goals), lengths, 0)
+    transitions = (encoded, *map(np.concatenate, (before, after, actions)), imagined)
+    ends = np.cumsum(lengths)[:-1]
+    met = np.split(world.success(*transitions), ends)
+    rewards = np.split(world.reward(*transitions).astype(np.float32), ends)
+    records = []
+    for row, (goal, (seen, taken, states)) in enumerate(zip(goals, episodes)):
+        record = goal.to_json()
+        record["goal"] = record.pop("text")
+        record["observations"] = np.asarray(seen, np.float32)
+        record["actions"] = np.asarray(taken, np.int64)
+        record["rewards"] = rewards[row]
+        record["success"] = bool(met[row][-1:].any())
+        record["states"] = None if states is None else np.asarray(states, np.float64)
+        records.append(record)
+    return records
 
 
 def goal_of(record: dict) -> Goal:

@@ -46,7 +46,7 @@ from data import formats, grounded, llm
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
 from experiment import card, command, episode, launch, logs, memory, quality, report, words
-from experiment.evaluation import EvaluateArguments, Evaluation, read_policy, trials
+from experiment.evaluation import EvaluateArguments, Evaluation, play_llm, read_policy, trials
 from experiment.grounding import figures_on_the_way, grounding_figures, longer_log
 from experiment.processes import in_batches
 from experiment.report import ReportArguments
@@ -342,19 +342,6 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
         results = {**evaluation.results(won), **run.figures()}
         results["words"] |= evaluation.first_actions(run.world, table, policies, asked)
         folder.write_json(run.folder / "results.json", results)
-
-
-def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
-    """Episodes of an LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
-    obs = run.world.observe(starts)
-    options = {"max_steps": max_steps, "description": "an LLM as policy"}
-    records = []
-    with run.autocast():
-        for rows in words.groups_of(goals):
-            options["states"] = starts[rows]
-            asked = [goals[row] for row in rows]
-            records += rollout.generate_all(*model, run.world, asked, obs[rows], **options)
-    return records
 
 
 # ----------------------------------------------------------------------------------------------

@@ -195,12 +195,11 @@ def generate(
             sequences.select(torch.as_tensor(going, device=model.device))
         running = running[going]
         obs = after[going]
-    records = []
-    for row, goal in enumerate(goals):
+    episodes = []
+    for row, path in enumerate(paths):
         physical = None if simulator is None else np.array(simulator.paths[row])
-        episode = (np.array(paths[row]), np.array(taken[row], np.int64), physical)
-        records.append(env.rollout_record(world, goal, *episode, imagined=simulator is None))
-    return records
+        episodes.append((np.array(path), np.array(taken[row], np.int64), physical))
+    return env.rollout_records(world, goals, episodes, imagined=simulator is None)
 
 
 def prefill(model: KalmForRollouts, tokenizer: Tokenizer, goals: Sequence[env.Goal]) -> Sequences:

@@ -118,7 +118,8 @@ def judged(recording: dict, world: env.World) -> tuple[dict, list[str]]:
         surplus = len(met) - 1 - int(met.argmax())
     kept = {name: values[: len(values) - surplus] for name, values in arrays.items()}
     seen, actions = kept["observations"], kept["actions"]
-    record = env.rollout_record(world, goal, seen, actions, kept.get("states"), imagined)
+    episode = (seen, actions, kept.get("states"))
+    (record,) = env.rollout_records(world, [goal], [episode], imagined)
     record["dynamics_error"] = kept.get("dynamics_error")
     record["explanation"] = recording.get("explanation") or None
     notes = []

@@ -1,6 +1,6 @@
 """Rollouts on disk: Hugging Face dataset folders, one row a rollout, checked when they are read.
 
-The columns are described in data/README.md; a row is a rollout record (`env.rollout_record`).
+The columns are described in data/README.md; a row is a rollout record (`env.rollout_records`).
 Nothing here knows where a rollout comes from or what it is for.
 """
 

@@ -91,12 +91,13 @@ def relabel(
             hits = hits[~of_hits]
         for turn, hit in enumerate(rng.permutation(hits)):
             candidates.append((turn, row, hit))
-    made = []
+    fulfilled = []
+    episodes = []
     for _, row, hit in sorted(candidates)[:count]:
         number = rollout_of[hit]
         end = hit - first[number] + 1
         begin = end - 1 if one_step[row] else 0
         observations = chosen[number]["observations"][begin : end + 1]
-        taken = chosen[number]["actions"][begin:end]
-        made.append(env.rollout_record(world, goals[row], observations, taken))
-    return made
+        fulfilled.append(goals[row])
+        episodes.append((observations, chosen[number]["actions"][begin:end], None))
+    return env.rollout_records(world, fulfilled, episodes)

@@ -21,6 +21,7 @@ import kalm
 from data.rollouts import read_rollouts
 from env import LEVELS
 from experiment import episode, folder, intervals, report
+from experiment.quality import replay
 from experiment.stages import Plan
 
 # ----------------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ def write_picture(runs: Path, path: Path) -> None:
         if not imagined["success"] or not 5 <= len(actions) <= 8:
             continue
         start = world.state_from_observation(imagined["observations"][:1])
-        plan = env.replay([actions])
+        plan = replay([actions])
         goals = [env.goal_of(imagined)]
         (played,) = env.run_episodes(world, plan, goals, start, len(actions))
         if played["success"] and len(played["actions"]) == len(actions):

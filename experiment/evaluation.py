@@ -1,6 +1,6 @@
 """How often policies succeed: those of all methods, seeds and checkpoints in one batch of episodes.
 
-This file knows policies on disk and worlds, and nothing of how policies are learned.
+This file knows policies on disk, LLMs as policies and worlds, and nothing of how they learned.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm import trange
 
 import env
+import rollout
 from data.policies import load_policy
 from data.transitions import GoalTable
 from experiment import words
+from experiment.run import Run
 from experiment.settings import at_least, setting
 from experiment.words import Question
 from rl import MODELS, LearnArguments
@@ -129,6 +131,19 @@ def step_distinct(world: env.World, states: ndarray, actions: ndarray) -> ndarra
     as_bytes = pairs.view(f"V{pairs[0].nbytes}").ravel()
     _, first, number = np.unique(as_bytes, return_index=True, return_inverse=True)
     return world.step_batch(states[first], actions[first])[number]
+
+
+def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
+    """Episodes of an LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
+    obs = run.world.observe(starts)
+    options = {"max_steps": max_steps, "description": "an LLM as policy"}
+    records = []
+    with run.autocast():
+        for rows in words.groups_of(goals):
+            options["states"] = starts[rows]
+            asked = [goals[row] for row in rows]
+            records += rollout.generate_all(*model, run.world, asked, obs[rows], **options)
+    return records
 
 
 # ----------------------------------------------------------------------------------------------

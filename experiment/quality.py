@@ -33,9 +33,9 @@ def rollout_figures(
 
     Of goals that have a judge: match, the rate that fulfils its goal; executed, the rate that does
     when its actions are played in the world from its start, in an even sample of some PLAYED;
-    executed_of_matched; action_match, of one-step goals the action alone. The world's rates of what cannot be (`World.plausibility`).
-    After a self-check explained, the rate whose explanation fits the goal; match_of_explained;
-    dynamics_error.
+    executed_of_matched; action_match, of one-step goals the action alone. The world's rates of what
+    cannot be (`World.plausibility`). After a self-check explained, the rate whose explanation fits
+    the goal; match_of_explained; dynamics_error.
     """
     goals = [env.goal_of(record) for record in records]
     actions = [record["actions"] for record in records]
@@ -54,7 +54,7 @@ def rollout_figures(
     starts = world.state_from_observation(first)
 
     def play(rows):
-        plans = env.replay([actions[row] for row in rows])
+        plans = replay([actions[row] for row in rows])
         asked = [goals[row] for row in rows]
         played = env.run_episodes(world, plans, asked, starts[rows], max(lengths))
         return [record["success"] for record in played]
@@ -90,6 +90,18 @@ def rollout_figures(
         met = world.success(encoded, first, first, first_actions)  # where nothing moves
         figures["action_match"] = met[one_step].mean()
     return {name: float(value) for name, value in figures.items()}
+
+
+def replay(plans: Sequence[Sequence[int]]) -> env.Policy:
+    """A policy that plays fixed action sequences; past its end a plan repeats its last action."""
+    played = np.zeros(len(plans), int)
+
+    def policy(obs, rows):
+        actions = [plans[row][min(played[row], len(plans[row]) - 1)] for row in rows]
+        played[rows] += 1
+        return np.array(actions)
+
+    return policy
 
 
 def in_words(figures: Mapping[str, object], separator: str) -> str:

@@ -26,6 +26,7 @@ from experiment import folder
 from experiment.card import figures_in_words
 from experiment.episode import save_gif, verdict_of
 from experiment.intervals import figure, success_rows
+from experiment.quality import replay
 from experiment.settings import setting
 from model import TASKS
 
@@ -371,9 +372,9 @@ def _gallery(world, imagined):
     for level, records in imagined.items():
         for record in _examples(records):
             start = world.state_from_observation(record["observations"][:1])
-            replay = env.replay([record["actions"]])
+            plan = replay([record["actions"]])
             goals = [env.goal_of(record)]
-            played = env.run_episodes(world, replay, goals, start, len(record["actions"]))[0]
+            played = env.run_episodes(world, plan, goals, start, len(record["actions"]))[0]
             pictures = [_picture(world, "imagined", record), _picture(world, "executed", played)]
             cards.append({"level": level, "record": record, "pictures": pictures})
     return cards

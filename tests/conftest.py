@@ -47,6 +47,12 @@ def world():
     return env.make()
 
 
+def rollout_record(world, goal, observations, actions, states=None, imagined=False):
+    """The record of one episode."""
+    (record,) = env.rollout_records(world, [goal], [(observations, actions, states)], imagined)
+    return record
+
+
 def expert_rollouts(world, goals, rng):
     """One episode of the scripted expert for each relation goal, at most 20 actions."""
     states = env.unfulfilled_states(world, rng, goals)
@@ -55,7 +61,7 @@ def expert_rollouts(world, goals, rng):
 
 @pytest.fixture(scope="session")
 def rollouts(world):
-    """160 successful expert rollouts, four for a goal: records as `env.rollout_record` makes
+    """160 successful expert rollouts, four for a goal: records as `env.rollout_records` makes
     them.
     """
     rng = np.random.default_rng(11)

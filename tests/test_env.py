@@ -13,6 +13,7 @@ from PIL import Image
 import env
 from env import Goal, WorldEnv
 from experiment import episode
+from experiment.quality import replay
 
 TILES = f"{Path(__file__).resolve().parents[1] / 'docs' / 'tiles.py'}:Tiles"
 WORLDS = ("clevr_robot", TILES)
@@ -191,7 +192,7 @@ def test_replayed_actions_repeat_an_episode_and_the_last_one_goes_on(name):
     records = random_episodes(world, [Goal("Whatever.", "hard")] * 5, rng, max_steps=4)
     goals, starts = [env.goal_of(r) for r in records], np.stack([r["states"][0] for r in records])
     again = env.run_episodes(
-        world, env.replay([r["actions"] for r in records]), goals, starts, max_steps=6
+        world, replay([r["actions"] for r in records]), goals, starts, max_steps=6
     )
     for first, second in zip(records, again):
         np.testing.assert_array_equal(second["states"][:5], first["states"])

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+from conftest import rollout_record
 from fuzz import authors_layout, npy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ def test_exports_read_back_up_to_the_goal(world, tmp_path_factory, seed, level, 
     met = lambda t: world.success(encoded, seen[t : t + 1], seen[t + 1 : t + 2], actions[t : t + 1])
     while end < len(actions) and not met(end - 1)[0]:
         end += 1  # an oracle in plain steps: the first transition that succeeds is the last
-    cut = env.rollout_record(world, goal, seen[: end + 1], actions[:end], long["states"][: end + 1])
+    cut = rollout_record(world, goal, seen[: end + 1], actions[:end], long["states"][: end + 1])
     for data_format in FORMATS:
         first = formats.read(write_as(data_format, folder / "long", [long], world), world)[0]
         again = formats.read(write_as(data_format, folder / "cut", first, world), world)[0]

@@ -4,7 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rollout_record
 from fuzz import arrays_only, authors_layout, fuzz, hdf5, npy, npz
 
 import env
@@ -60,7 +60,7 @@ def goes_on(world, record, more):
     for action in more:
         states.append(world.step_batch(states[-1][None], np.array([action]))[0])
     goal, states = env.goal_of(record), np.array(states)
-    return env.rollout_record(world, goal, world.observe(states), np.array(actions), states)
+    return rollout_record(world, goal, world.observe(states), np.array(actions), states)
 
 
 @pytest.mark.skipif(not AUTHORS.is_file(), reason="the authors' recordings are not here")
@@ -229,7 +229,7 @@ OFFLINE = [(RED_STEP, 1, 0, "level 'e"), (RED_LEFT, 51, 0, "actions"), (RED_LEFT
 @pytest.mark.parametrize("goal, steps, place, said", OFFLINE)
 def test_what_no_offline_data_can_be_is_refused(world, tmp_path, goal, steps, place, said):
     seen = np.full((steps + 1, 10), place, np.float32)
-    record = env.rollout_record(world, goal, seen, np.zeros(steps, int))
+    record = rollout_record(world, goal, seen, np.zeros(steps, int))
     write_rollouts(tmp_path / "own", [record])
     assert_refused(tmp_path / "own", world, f", row 0: {said}")
     assert_refused(tmp_path, world, ": neither one rollouts dataset")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import new_model, tiny_llm
+from conftest import new_model, rollout_record, tiny_llm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_model import outputs, padded
@@ -32,7 +32,7 @@ LAYOUTS = {  # a number is an observation's, a0 an action's, ! is to be predicte
 def test_each_task_lays_out_prompt_states_and_actions_as_documented(world, rollouts, task):
     _, tokenizer = new_model(world, rollouts)
     observations = np.arange(30, dtype=np.float32).reshape(3, 10) / 30
-    record = env.rollout_record(world, GOAL, observations, np.array([9, 33]))
+    record = rollout_record(world, GOAL, observations, np.array([9, 33]))
     prompt, segments = LAYOUTS[task]
 
     def positions(code):

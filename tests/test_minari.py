@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import gymnasium
 import numpy as np
 import pytest
+from conftest import rollout_record
 from fuzz import store
 from test_formats import HAS_MINARI, RED_LEFT, assert_same, write, write_as
 
@@ -48,7 +49,7 @@ def test_what_is_written_combines_filters_and_recovers(world, rollouts, tmp_path
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     seen, actions = rollouts[7]["observations"][:2], rollouts[7]["actions"][:1]
-    lost = env.rollout_record(world, env.goal_of(rollouts[7]), seen, actions)
+    lost = rollout_record(world, env.goal_of(rollouts[7]), seen, actions)
     sources = {"real": [*rollouts[:5], lost], "imagined": imaginary(world, rollouts)}
     for name, records in sources.items():
         minari_io.write_minari(tmp_path / "kalm" / f"{name}-v0", records, world)

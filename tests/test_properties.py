@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import rollout_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_worlds import goals_of_kind, random_scenes, twin_success
@@ -97,7 +98,7 @@ def test_rollouts_of_any_lengths_survive_the_disk(world, tmp_path_factory, lengt
     records = []
     for n in lengths:
         episode = rng.normal(size=(n + 1, 10)), rng.integers(40, size=n)
-        record = env.rollout_record(world, goal, *episode, imagined=True)
+        record = rollout_record(world, goal, *episode, imagined=True)
         if checked:
             record |= {"explanation": f"{n} steps.", "dynamics_error": rng.random(n, np.float32)}
         records.append(record)

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from conftest import rollout_record
 
-import env
 from env import Goal
 from experiment import quality
 
@@ -19,7 +19,7 @@ def imagined(world, goal, actions, *changes):
         path.append(path[-1].copy())
         path[-1][ball] += (dx, dy)
     path = np.reshape(path, (-1, 10))
-    return env.rollout_record(world, goal, path, np.array(actions), imagined=True)
+    return rollout_record(world, goal, path, np.array(actions), imagined=True)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_explanations_are_right_by_part_and_true_of_the_final_state(world):
     goal = Goal("Put red left of blue.", "offline", "relation", (("red", "blue", "left"),))
     places = [(-0.3, 0.2), (0, 0.2), (0.02, -0.1), (0.4, 0.5), (0.4, -0.1)]
     final = np.reshape(places, 10).astype(np.float32)  # red left of blue, green in front of blue
-    record = env.rollout_record(world, goal, np.array([final, final]), np.array([0]))
+    record = rollout_record(world, goal, np.array([final, final]), np.array([0]))
     said = ["The red ball is near the blue ball, to the left of it."]
     said += ["The green ball is near the blue ball, in front of it."]
     said += ["The red ball is near the cyan ball, behind it.", "A fine rollout."]

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import rollout_record
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -26,7 +27,7 @@ def record(world, success=True, text="Put red left of blue.", **more):
     after[0] = (-0.2, 0) if success else (0.2, 0)
     goal = env.Goal(text, "rephrase", "relation", RELATIONS)
     path, actions = np.array([xy.ravel(), after.ravel()]), np.array([2 if success else 34])
-    return {**env.rollout_record(world, goal, path, actions, imagined=True), **more}
+    return {**rollout_record(world, goal, path, actions, imagined=True), **more}
 
 
 class Elements(html.parser.HTMLParser):

@@ -20,6 +20,7 @@ import kalm
 import rl
 from data.rollouts import read_rollouts
 from experiment import folder, logs
+from experiment.quality import replay
 
 UNJUDGED = [{"text": "Make a home for red.", "level": "hard"}]
 UNJUDGED += [{"text": "Surprise me.", "level": "easy"}]
@@ -92,7 +93,7 @@ def test_act_plays_a_typed_goal_by_policy_and_llm_and_tells_what_happened(run, c
     goal = world.goal_of_text(text)
     start = env.unfulfilled_states(world, np.random.default_rng([3, 8]), [goal])
     for entry in entries:  # the same start, actions and judge
-        plan = env.replay([entry["actions"]])
+        plan = replay([entry["actions"]])
         (record,) = env.run_episodes(world, plan, [goal], start, len(entry["actions"]))
         assert entry["verdict"] == ("goal met" if record["success"] else "goal missed")
         changes = world.change_in_words(*record["observations"][[0, -1]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import rollout_record
 
 import env
 from env import Goal
@@ -332,7 +333,7 @@ def test_renamed_balls_do_as_before_under_their_new_names(world, rollouts):
         assert new_goal.relations == ((names[a], names[b], d),)
         hidden = renamed["goal"].replace(names[a], "X").replace(names[b], "Y")
         assert hidden == record["goal"].replace(a, "X").replace(b, "Y")
-        again = env.rollout_record(world, new_goal, renamed["observations"], renamed["actions"])
+        again = rollout_record(world, new_goal, renamed["observations"], renamed["actions"])
         np.testing.assert_allclose(again["rewards"], record["rewards"], atol=1e-5)
         assert again["success"] and renamed["states"] is None and record["states"] is not None
         reached = []
