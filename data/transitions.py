@@ -14,34 +14,41 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import trange
 
 from data.rollouts import terminals_of
+from experiment.processes import in_batches
 
 # ----------------------------------------------------------------------------------------------
 # Goal encodings
 
 
-@torch.inference_mode()
-def encode_texts(texts: Sequence[str], model, tokenizer, batch_size: int = 128) -> Tensor:
+def encode_texts(
+    texts: Sequence[str], model, tokenizer, batch_size: int = 128, shared: bool = False
+) -> Tensor:
     """Frozen encodings (len(texts), hidden) float32: the mean of a text's last hidden states.
 
     model: any transformers encoder or causal LM without a head, e.g. `AutoModel.from_pretrained`.
+    shared: all processes call this with the same, and each does a part.
     """
     model.eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    order = np.argsort([len(text) for text in texts], kind="stable")  # like lengths: little padding
-    means = []
-    for start in trange(0, len(texts), batch_size, desc="encode goals", leave=False, delay=1):
-        rows = [texts[row] for row in order[start : start + batch_size]]
-        tokens = tokenizer(rows, padding=True, padding_side="right", return_tensors="pt")
+
+    @torch.inference_mode()
+    def work(rows):
+        asked = [texts[row] for row in rows]
+        tokens = tokenizer(asked, padding=True, padding_side="right", return_tensors="pt")
         mask = tokens["attention_mask"].to(model.device)
         ids = tokens["input_ids"].to(model.device)
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         lengths = mask.sum(1)
         weight = mask[..., None] / lengths[:, None, None]
-        means.append((hidden * weight).sum(1).cpu())
-    return torch.cat(means)[np.argsort(order)]
+        return list((hidden * weight).sum(1).cpu().numpy())
+
+    order = np.argsort([len(text) for text in texts], kind="stable")  # like lengths: little padding
+    batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    costs = [len(rows) * len(texts[rows[-1]]) for rows in batches]
+    means = in_batches(work, batches, costs, shared, "encode goals")
+    return torch.from_numpy(np.stack(means))
 
 
 def principal_components(encodings: Tensor, count: int) -> Tensor:
@@ -81,15 +88,16 @@ class GoalTable:
 
     @classmethod
     def encode(
-        cls, training_texts, novel_texts, model, tokenizer, dimensions: int = 0
+        cls, training_texts, novel_texts, model, tokenizer, dimensions: int = 0, shared=False
     ) -> "GoalTable":
         """Encode all texts, standardised by the mean and deviation of the training texts.
 
         dimensions: keep so many of their principal components; 0: the encodings as they are.
+        shared: as `encode_texts`.
         Raises ValueError for more than there are.
         """
         texts = list(dict.fromkeys([*training_texts, *novel_texts]))
-        encodings = encode_texts(texts, model, tokenizer)
+        encodings = encode_texts(texts, model, tokenizer, shared=shared)
         known = encodings[: len(set(training_texts))]
         scale = torch.stack([known.mean(0), known.std(0) + 1e-6])
         table = (encodings - scale[0]) / scale[1]
