@@ -330,7 +330,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     asked = run.word_questions(run.recorded("imagine"))
     asked = words.questions_as_heard(asked, run.heard_before())
     texts = [goal.text for goal in all_goals] + words.texts(asked)
-    table = run.goal_table(texts, learned.encoder, learned.encoder_layers)
+    table = run.goal_table(texts, learned.encoder, learned.encoder_layers, shared=True)
     won = evaluation.play(run.world, table, policies, of_policies)
     for trial in mine:
         if trial.method in rl.MODELS:

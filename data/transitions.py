@@ -106,10 +106,11 @@ class GoalTable:
         projection = principal_components(table[: len(known)], dimensions)
         return cls(texts, table @ projection, scale, projection)
 
-    def with_texts(self, texts: Sequence[str], model, tokenizer) -> "GoalTable":
+    def with_texts(self, texts: Sequence[str], model, tokenizer, shared=False) -> "GoalTable":
         """The table with more texts behind, by the model that encoded the others."""
         more = [text for text in dict.fromkeys(texts) if text not in self.index]
-        encodings = (encode_texts(more, model, tokenizer) - self.scale[0]) / self.scale[1]
+        encodings = encode_texts(more, model, tokenizer, shared=shared)
+        encodings = (encodings - self.scale[0]) / self.scale[1]
         if self.projection is not None:
             encodings = encodings @ self.projection
         table = torch.cat([self.table, encodings])

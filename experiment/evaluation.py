@@ -33,7 +33,7 @@ class EvaluateArguments:
 
     episodes: int = setting(200, "for each method, level and seed")
     episode_steps: int = setting(50, "actions in an episode at most")
-    curve_episodes: int = setting(40, "the same of policies on the way")
+    curve_episodes: int = setting(16, "the same of policies on the way")
     report_last: int = setting(1, "checkpoints to report the mean of")
 
     def __post_init__(self):

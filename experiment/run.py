@@ -108,12 +108,17 @@ class Run:
                 parameter.data = parameter.data.clone()
         return model.to(PartialState().device), tokenizer
 
-    def goal_table(self, texts: Sequence[str], encoder: str, layers: int) -> GoalTable:
-        """The policies' goal encodings, with those of more texts by the encoder that they have."""
+    def goal_table(
+        self, texts: Sequence[str], encoder: str, layers: int, shared: bool = False
+    ) -> GoalTable:
+        """The policies' goal encodings, with those of more texts by the encoder that they have.
+
+        shared: all processes call this with the same, and each encodes a part.
+        """
         table = GoalTable.load(self.folder / "policies" / "goals.safetensors")
         if all(text in table.index for text in texts):
             return table
-        return table.with_texts(texts, *self.load_encoder(encoder, layers))
+        return table.with_texts(texts, *self.load_encoder(encoder, layers), shared)
 
     # Rollouts and goals
 

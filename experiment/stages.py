@@ -17,6 +17,7 @@ from typing import Any
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
 from experiment import folder
@@ -147,10 +148,11 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
         state.wait_for_everyone()
         transformers.set_seed(plan.shared["seed"])
         began = time.monotonic()
+        began_cpu = time.process_time()
         with folder.naming_full_disk(manifest.run):
             stage.function(run, plan.settings[name], work)
         clear_device_cache(garbage_collection=True)  # models leave the device with their stage
-        state.wait_for_everyone()
+        cpu_seconds = gather_object([round(time.process_time() - began_cpu, 1)])
         seconds = round(earlier + time.monotonic() - began, 1)
         if state.is_main_process:
             if stage.writes:
@@ -160,7 +162,7 @@ def do(plan: Plan, run: Any, todo: Sequence[str], begins: Callable[[str], None])
                 leave_records(plan, name)
                 manifest.note(name, stage.writes)
                 log = manifest.run / "logs" / "stages.jsonl"
-                folder.append_json(log, stage=name, time_s=seconds)
+                folder.append_json(log, stage=name, time_s=seconds, cpu_s=cpu_seconds)
             print(f"{name} took {seconds:.0f} s", flush=True)
         state.wait_for_everyone()
 
