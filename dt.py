@@ -26,7 +26,7 @@ from tasks import Tokenizer, returns_to_go
 
 TARGET = 0.9  # quantile of the data's returns that is asked for: seldom reached, and not unheard of
 BATCH = 8  # examples a step on all devices, of six rollouts each
-POLICY_STEPS = 16  # of --rl_steps, for one step here, which takes as long as a hundred of them
+POLICY_STEPS = 8  # of --rl_steps, for one step here, which takes as long as a hundred of them
 
 
 def return_statistics(rollouts: Sequence[dict]) -> dict[str, float]:

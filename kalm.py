@@ -69,15 +69,14 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "new_learning_rate": 1e-3, "logging_steps": 1, "save_steps": 4, "novel_goals": 6,
         "starts_per_goal": 2, "step_starts": 2, "temperatures": "1,1.3", "candidates": 3,
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",
-        "encoder_layers": 0, "rl_steps": 60, "rl_batch": 32, "conservative_weight": 1.0, "seeds": 2,
-        "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,dt,llm",
-        "rl_snapshot_steps": 20, "curve_points": 2, "last_checkpoints": 2, "episodes": 6,
-        "episode_steps": 10, "curve_episodes": 4,
+        "encoder_layers": 0, "rl_steps": 60, "rl_batch": 32, "rl_of_goal": 2,
+        "conservative_weight": 1.0, "seeds": 2, "rl_snapshot_steps": 20, "curve_points": 2,
+        "last_checkpoints": 2, "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,dt,llm",
+        "episodes": 6, "episode_steps": 10, "curve_episodes": 4,
     },
     "quick": {
         "train_goals": 1200, "novel_goals": 40, "starts_per_goal": 6, "step_starts": 10,
-        "temperatures": "1,1", "rl_steps": 3000, "seeds": 1, "curve_points": 0,
-        "last_checkpoints": 1, "episodes": 50,
+        "rl_steps": 3000, "seeds": 1, "curve_points": 0, "last_checkpoints": 1, "episodes": 50,
         "methods": "bc,bc+relabel,bc+kalm,llm", "adapter": "released",
     },
     "cpu": {"adapter": "released"},
@@ -93,7 +92,7 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "learning_rate": 2e-5, "new_learning_rate": 1e-3, "save_steps": 500, "novel_goals": 480,
         "starts_per_goal": 50, "step_starts": 50, "temperatures": "1", "candidates": 1,
         "step_candidates": 1, "self_check": True, "imagined_steps": 50, "rl_steps": 500000,
-        "rl_batch": 32, "rl_learning_rate": 6.25e-5, "conservative_weight": 10.0,
+        "rl_batch": 32, "rl_of_goal": 1, "rl_learning_rate": 6.25e-5, "conservative_weight": 10.0,
         "imaginary_share": 0.5, "curve_points": 50, "episodes": 400, "report_last": 5,
     },
 }  # fmt: skip
@@ -324,21 +323,21 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     rngs = [run.rng(7, number) for number in range(learned.seeds)]
     starts = [words.draw_starts(run.world, all_goals, rng) for rng in rngs]
     evaluation = Evaluation(learned, settings, goals, starts)
-    mine = trials(learned, settings)[state.process_index :: state.num_processes]
-    of_policies = [trial for trial in mine if trial.method not in rl.MODELS]
+    all_trials = trials(learned, settings)
+    of_models = [trial for trial in all_trials if trial.method in rl.MODELS]
+    mine = all_trials[len(of_models) :][state.process_index :: state.num_processes]
     policies = run.folder / "policies"
     asked = run.word_questions(run.recorded("imagine"))
     asked = words.questions_as_heard(asked, run.heard_before())
     texts = [goal.text for goal in all_goals] + words.texts(asked)
     table = run.goal_table(texts, learned.encoder, learned.encoder_layers, shared=True)
-    won = evaluation.play(run.world, table, policies, of_policies)
-    for trial in mine:
-        if trial.method in rl.MODELS:
-            steps = min(settings.episode_steps, run.world.max_steps)
-            model = dt.load(run) if trial.method == rl.DT else run.load_grounded()
-            records = play_llm(run, model, all_goals, starts[0], steps)
-            won.append((trial, np.array([record["success"] for record in records])))
+    won = evaluation.play(run.world, table, policies, mine)
     won = dict(gather_object(won))
+    for trial in of_models:
+        steps = min(settings.episode_steps, run.world.max_steps)
+        model = dt.load(run) if trial.method == rl.DT else run.load_grounded()
+        records = play_llm(run, model, all_goals, starts[0], steps, shared=True)
+        won[trial] = np.array([record["success"] for record in records])
     if state.is_main_process:
         results = {**evaluation.results(won), **run.figures()}
         results["words"] |= evaluation.first_actions(run.world, table, policies, asked)

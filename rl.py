@@ -6,7 +6,6 @@ each tensor's first dimension.
 This file knows no grounded model and no particular world: data/transitions.py holds what to learn.
 """
 
-import difflib
 import io
 import itertools
 import math
@@ -24,7 +23,7 @@ from data import finite
 from data.policies import save_policy
 from data.transitions import Batch, Batches, Buffer, GoalTable, encode_texts  # noqa: F401
 from experiment import folder
-from experiment.settings import absolute, at_least, setting
+from experiment.settings import absolute, at_least, check_name, setting
 
 # ----------------------------------------------------------------------------------------------
 # Networks and losses
@@ -62,14 +61,17 @@ class SeededMLP(nn.Module):
     def forward(self, goals: Tensor, *observations: Tensor) -> list[Tensor]:
         """Outputs (seeds, batch, sizes[-1]) float32, one for each of the observations.
 
-        goals: encodings (seeds, batch, hidden), which observations (seeds, batch, D) share, and so
-        most of the first layer's work. Matrices are multiplied in the inputs' precision.
+        goals: encodings (seeds, batch / k, hidden), each of k in turn of the observations (seeds,
+        batch, D): what the first layer makes of them is most of its work, and done once for all.
+        Matrices are multiplied in the inputs' precision.
         """
         parts = self.parts(self.flat.to(goals.dtype))
         weight, bias, *rest = [part.contiguous() for part in parts]  # bmm is slow on strided ones
         observation_dim = weight.shape[1] - goals.shape[-1]
         of_obs, of_goals = weight.split([observation_dim, goals.shape[-1]], dim=1)
         from_goals = torch.baddbmm(bias, goals, of_goals)
+        each = observations[0].shape[1] // goals.shape[1]
+        from_goals = from_goals.repeat_interleave(each, 1)
         outputs = []
         for obs in observations:
             x = torch.baddbmm(from_goals, obs, of_obs)
@@ -119,9 +121,10 @@ def advantage_weighted_loss(logits: Tensor, action, advantage: Tensor, weight: f
 class RLConfig:
     """Constants of training. The paper: BC with batch 100, CQL with batch 32 and 500,000 steps."""
 
-    steps: int = 16000
+    steps: int = 8000
     batch: int = 256
-    lr: float = 1e-3  # decays to 0 along a cosine
+    of_goal: int = 4  # transitions in turn that have one goal, which is then encoded once for all
+    lr: float = 2e-3  # decays to 0 along a cosine
     width: int = 256  # of two hidden layers
     weight_decay: float = 1e-4
     max_grad_norm: float = 100.0  # of each seed. Usual ones of CQL with weight 10 are below 42
@@ -269,6 +272,7 @@ class LearnArguments:
     goal_dimensions: int = setting(0, "principal components of encodings to use; 0: all")
     rl_steps: int = setting(RLConfig.steps, "gradient steps of offline RL")
     rl_batch: int = setting(RLConfig.batch, "transitions a step and seed")
+    rl_of_goal: int = setting(RLConfig.of_goal, "transitions of one goal, of a batch")
     rl_learning_rate: float = setting(RLConfig.lr, "of policies")
     conservative_weight: float = setting(RLConfig.conservative_weight, "alpha of CQL")
     imaginary_share: float = setting(RLConfig.imaginary_share, "of each batch")
@@ -283,7 +287,16 @@ class LearnArguments:
 
     def __post_init__(self):
         self.encoder = absolute(self.encoder, "llm")
-        at_least(1, self, "rl_steps", "rl_batch", "seeds", "rl_snapshot_steps", "last_checkpoints")
+        at_least(
+            1,
+            self,
+            "rl_steps",
+            "rl_batch",
+            "rl_of_goal",
+            "seeds",
+            "rl_snapshot_steps",
+            "last_checkpoints",
+        )
         at_least(0, self, "curve_points", "goal_dimensions")
         at_least(0, self, "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")
@@ -295,12 +308,16 @@ class LearnArguments:
             raise ValueError(f"--methods takes each method once, got {self.methods!r}")
         if self.imaginary_share >= 1:
             raise ValueError(f"--imaginary_share must be below 1, got {self.imaginary_share}")
-        imaginary = round(self.rl_batch * self.imaginary_share)
+        if self.rl_batch % self.rl_of_goal:
+            raise ValueError(
+                f"--rl_batch {self.rl_batch} must be a multiple of --rl_of_goal {self.rl_of_goal}"
+            )
+        imaginary = round(self.rl_batch // self.rl_of_goal * self.imaginary_share)
         sources = len(env.NOVEL_LEVELS) * (2 if "+both" in self.methods else 1)
         if "+" in self.methods and self.imaginary_share > 0 and imaginary < sources:
             raise ValueError(
-                f"--rl_batch times --imaginary_share is {imaginary} of a batch, for {sources} "
-                "sources (levels, twice in +both); raise one"
+                f"--rl_batch / --rl_of_goal * --imaginary_share is {imaginary} of a batch's goals, "
+                f"for {sources} sources (levels, twice in +both); raise one or lower --rl_of_goal"
             )
 
     @property
@@ -331,6 +348,7 @@ class LearnArguments:
         return RLConfig(
             steps=self.rl_steps,
             batch=self.rl_batch,
+            of_goal=self.rl_of_goal,
             lr=self.rl_learning_rate,
             imaginary_share=self.imaginary_share,
             conservative_weight=self.conservative_weight,
@@ -338,14 +356,6 @@ class LearnArguments:
             observation_scale=observation_scale,
             bf16=bf16,
         )
-
-
-def check_name(what: str, name: str, known: Sequence[str]) -> None:
-    """Raise ValueError, with the nearest name and all of them, for one that is not known."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{what} {name!r}; {hint}There are {', '.join(known)}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -383,7 +393,8 @@ class Training:
 
     def _rows(self, batch: Batch) -> Iterator[Tensor]:
         """Where to look for the row that is not finite."""
-        yield from (batch.obs, batch.next_obs, batch.reward, batch.goal)
+        each = batch.obs.shape[1] // batch.goal.shape[1]
+        yield from (batch.obs, batch.next_obs, batch.reward, batch.goal.repeat_interleave(each, 1))
         yield self.algorithm.policy(batch.goal, batch.obs)[0]
 
     def save(self, path: Path) -> None:
@@ -461,8 +472,8 @@ def learn(
         training.restore(snapshot)
     for step, loss, _ in training.curve if log else []:
         log(step, loss)
-    share = config.imaginary_share
-    batches = Batches(real, imaginary, config.batch, len(seeds), share, int(sum(seeds)))
+    how = (config.batch, len(seeds), config.imaginary_share, int(sum(seeds)), config.of_goal)
+    batches = Batches(real, imaginary, *how)
     batches.transitions = scaled(batches.transitions, config, table.dtype)
     start = training.schedule.last_epoch
     steps = config.steps

@@ -144,7 +144,7 @@ class Batch(NamedTuple):
     """Transitions, one a row: (N, ...) in a buffer, (seeds, batch, ...) in training."""
 
     obs: Tensor  # (..., observation_dim)
-    goal: Tensor  # (...,) row of the goal table; losses get its encoding (..., hidden)
+    goal: Tensor  # (...,) row of the goal table, in training one for each few transitions
     action: Tensor  # (...,) int64
     reward: Tensor  # (...,); losses get it scaled, as the observations
     next_obs: Tensor  # (..., observation_dim)
@@ -155,7 +155,7 @@ EMPTY = Batch(*np.zeros((6, 0)))
 
 
 class Buffer:
-    """The transitions of rollout records on a device.
+    """The transitions of rollout records on a device, goal by goal.
 
     balanced: draw each goal as often as any other, however many transitions it has.
     dynamics_tolerance: leave out transitions whose `dynamics_error` is larger; 0 keeps all.
@@ -174,22 +174,27 @@ class Buffer:
             parts.append(part)
         columns = [np.concatenate(column) for column in zip(*parts)]
         columns = Batch(*columns) if parts else EMPTY
-        if balanced:
-            by_goal = np.argsort(columns.goal, kind="stable")
-            columns = Batch(*[column[by_goal] for column in columns])
+        by_goal = np.argsort(columns.goal, kind="stable")
+        columns = Batch(*[column[by_goal] for column in columns])
         self.balanced = balanced
         self.transitions = Batch(*[torch.as_tensor(column, device=device) for column in columns])
-        _, self.counts = np.unique(columns.goal, return_counts=True)  # of transitions, by goal
+        _, self.goal_of, self.counts = np.unique(
+            columns.goal, return_inverse=True, return_counts=True
+        )  # number of each transition's goal; how many each goal has
         self.starts = self.counts.cumsum() - self.counts
 
     def __len__(self):
         return len(self.transitions.action)
 
-    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        """Rows to train on: uniform over transitions, or over goals and then over each one's."""
-        if not self.balanced:
-            return rng.integers(len(self), size=shape)
-        goal = rng.integers(len(self.counts), size=shape)
+    def draw(self, shape: tuple[int, ...], each: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows to train on, (*shape, each), of which the last axis has one goal: uniform over
+        transitions, or over goals and then over each one's.
+        """
+        if self.balanced:
+            goal = rng.integers(len(self.counts), size=shape)
+        else:
+            goal = self.goal_of[rng.integers(len(self), size=shape)]
+        goal = np.repeat(goal[..., None], each, axis=-1)
         return self.starts[goal] + rng.integers(self.counts[goal])
 
 
@@ -197,8 +202,9 @@ class Batches:
     """What training steps see: number n of the batches (seeds, size) is batches[n].
 
     Of each batch all is real but for a share, to which each of the imaginary buffers gives as much
-    as the others. Rows are drawn for BLOCK batches at a time, from a stream of each block's own: so
-    number n is the same for who begins there.
+    as the others. `each` transitions in turn have one goal, so that what a network makes of it is
+    computed once: `goal` is (seeds, size / each). Rows are drawn for BLOCK batches at a time, from
+    a stream of each block's own: so number n is the same for who begins there.
     """
 
     BLOCK = 100
@@ -211,11 +217,14 @@ class Batches:
         seeds: int,
         share: float,
         seed: int,
+        each: int = 1,
     ):
         self.buffers = [real, *imaginary]
-        bounds = np.linspace(0, round(size * share), len(imaginary) + 1).astype(int)
+        self.each = each
+        groups = size // each
+        bounds = np.linspace(0, round(groups * share), len(imaginary) + 1).astype(int)
         counts = np.diff(bounds)
-        self.counts = [size - counts.sum(), *counts]  # of each buffer's rows in a batch
+        self.counts = [groups - counts.sum(), *counts]  # of each buffer's goals in a batch
         self.seeds = seeds
         self.seed = seed
         columns = zip(*[buffer.transitions for buffer in self.buffers])
@@ -229,7 +238,8 @@ class Batches:
             self.rows = self._draw(np.random.default_rng([self.seed, block]))
             self.block = block
         rows = self.rows[within]
-        return Batch(*[column[rows] for column in self.transitions])
+        batch = Batch(*[column[rows] for column in self.transitions])
+        return batch._replace(goal=batch.goal[:, :: self.each])
 
     def _draw(self, rng: np.random.Generator) -> Tensor:
         """Rows of all transitions, (BLOCK, seeds, size)."""
@@ -238,9 +248,9 @@ class Batches:
         for buffer, count in zip(self.buffers, self.counts):
             shape = (self.BLOCK, self.seeds, count)
             if count:
-                drawn.append(first + buffer.draw(shape, rng))
+                drawn.append(first + buffer.draw(shape, self.each, rng))
             first += len(buffer)
-        rows = np.concatenate(drawn, axis=2)
+        rows = np.concatenate(drawn, axis=2).reshape(self.BLOCK, self.seeds, -1)
         return torch.as_tensor(rows, device=self.transitions.action.device)
 
 

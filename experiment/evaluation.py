@@ -31,9 +31,9 @@ from rl import MODELS, LearnArguments
 class EvaluateArguments:
     """Success rates."""
 
-    episodes: int = setting(200, "for each method, level and seed")
+    episodes: int = setting(120, "for each method, level and seed")
     episode_steps: int = setting(50, "actions in an episode at most")
-    curve_episodes: int = setting(16, "the same of policies on the way")
+    curve_episodes: int = setting(10, "the same of policies on the way")
     report_last: int = setting(1, "checkpoints to report the mean of")
 
     def __post_init__(self):
@@ -133,10 +133,15 @@ def step_distinct(world: env.World, states: ndarray, actions: ndarray) -> ndarra
     return world.step_batch(states[first], actions[first])[number]
 
 
-def play_llm(run: Run, model, goals: list[env.Goal], starts, max_steps: int) -> list[dict]:
-    """Episodes of an LLM as policy, one a goal and start (B, state_dim). model: with tokenizer."""
+def play_llm(
+    run: Run, model, goals: list[env.Goal], starts, max_steps: int, shared: bool = False
+) -> list[dict]:
+    """Episodes of an LLM as policy, one a goal and start (B, state_dim). model: with tokenizer.
+
+    shared: as `rollout.generate_all`.
+    """
     obs = run.world.observe(starts)
-    options = {"max_steps": max_steps, "description": "an LLM as policy"}
+    options = {"max_steps": max_steps, "description": "an LLM as policy", "shared": shared}
     records = []
     with run.autocast():
         for rows in words.groups_of(goals):

@@ -134,6 +134,14 @@ def config_arguments(path: str, parser: SettingsParser) -> list[str]:
     return arguments
 
 
+def check_name(what: str, name: str, known: Sequence[str]) -> None:
+    """Raise ValueError, with the nearest name and all of them, for one that is not known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{what} {name!r}; {hint}There are {', '.join(known)}")
+
+
 def help_text(intro: str, classes: Sequence[type], scales: dict[str, dict]) -> str:
     """What `--help` prints: our settings by class, with their defaults at each scale."""
     columns = min(max(shutil.get_terminal_size().columns, 80), 120)

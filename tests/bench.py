@@ -2,12 +2,15 @@
 
 Each row times ours and the other in turn, several times, and compares the medians. `--only WORD
 ...` takes the rows that have one of the words in their name, `--json FILE` keeps the figures,
-`--memory` measures the peak memory of every stage and `--growth` how the cost of each stage grows.
-`--growth --json docs/growth.json` is what docs/results.py reads.
+`--busy` keeps a core busy beside. `--runs SCALE` times whole runs, `--memory` measures the peak
+memory of every stage and `--growth` how the cost of each grows: docs/results.py reads what
+`--growth --json docs/growth.json` keeps.
 """
 
 # ruff: noqa: E402
 import argparse
+import contextlib
+import json
 import os
 import platform
 import re
@@ -32,7 +35,7 @@ import rl
 import rollout
 import tasks
 from data import grounded, llm
-from data.transitions import Buffer, GoalTable, encode_texts
+from data.transitions import Buffer, GoalTable
 from experiment import folder
 from experiment.command import bf16_is_fast
 from model import ACTION, KalmForRollouts, segment_mask
@@ -138,14 +141,12 @@ def learning(algorithm, data, seeds=1, **config):
     return lambda: rl.learn(algorithm, buffer, [], table, range(seeds), config, WORLD.num_actions)
 
 
-def cql_beside_d3rlpy(batch, bf16=BF16, steps=150, drawn=False):
-    """Drawing a batch and a step of CQL with one seed, as `--scale cpu` takes it; the same of
-    d3rlpy's DiscreteCQL with equal sizes, as its `fit` does, without its logging. drawn:
-    d3rlpy's batches are drawn outside the time, ours within it.
+def fits_of_d3rlpy(algorithm, data, batch, steps):
+    """A function with so many updates of d3rlpy's algorithm with networks as ours, batches drawn
+    as its `fit` does, without its logging: of one seed, as it trains them.
     """
     import d3rlpy
 
-    data = random_buffer()
     columns = data[0].transitions
     inputs = torch.cat([columns.obs / WORLD.observation_scale, data[1][columns.goal]], -1).numpy()
     episodes = d3rlpy.dataset.MDPDataset(
@@ -155,31 +156,43 @@ def cql_beside_d3rlpy(batch, bf16=BF16, steps=150, drawn=False):
         terminals=np.arange(len(inputs)) % 10 == 9,
         action_size=WORLD.num_actions,
     )
+    kinds = {"bc": d3rlpy.algos.DiscreteBCConfig, "cql": d3rlpy.algos.DiscreteCQLConfig}
     factory = d3rlpy.models.VectorEncoderFactory([256, 256])
-    peer = d3rlpy.algos.DiscreteCQLConfig(batch_size=batch, encoder_factory=factory).create()
+    peer = kinds[algorithm](batch_size=batch, encoder_factory=factory).create()
     peer.build_with_dataset(episodes)
-    batches = [episodes.sample_transition_batch(batch) for _ in range(steps)]
 
     def fit():
-        for before in batches:
-            peer.update(before if drawn else episodes.sample_transition_batch(batch))
+        for _ in range(steps):
+            peer.update(episodes.sample_transition_batch(batch))
 
-    ours, other = in_turn(learning("cql", data, steps=steps, batch=batch, bf16=bf16), fit, 5)
-    return ours / steps, other / steps
+    return fit
 
 
-def cql_beside_its_products(batch, steps=150):
+def learn_beside_d3rlpy(batch, seeds=3, steps=100):
+    """A step of BC and one of CQL with three seeds, batches drawn, as `--scale cpu` takes 16,000 of
+    each four times; d3rlpy's steps of the same, a seed after the other.
+    """
+    data = random_buffer(hidden=576)
+    options = {"steps": steps, "batch": batch, "bf16": BF16}
+    ours = [learning(algorithm, data, seeds, **options) for algorithm in ("bc", "cql")]
+    others = [fits_of_d3rlpy(algorithm, data, batch, steps) for algorithm in ("bc", "cql")]
+    all_of = lambda functions: [function() for function in functions]
+    mine, theirs = in_turn(partial(all_of, ours), partial(all_of, others), 3)
+    return mine / steps, seeds * theirs / steps
+
+
+def cql_beside_its_products(batch, seeds=3, steps=150):
     """A step of CQL; its matrix products alone (online network at s and s', target at s',
     gradients) with AdamW: what no code in torch can go below.
     """
-    data = random_buffer()
+    data = random_buffer(hidden=576)
     layers = [(10, 256), (data[1].shape[1], 256), (256, 256), (256, WORLD.num_actions)]
     dtype = torch.bfloat16 if BF16 else torch.float32
     tensors = []
     for fan_in, fan_out in layers:
-        shapes = ((1, batch, fan_in), (1, fan_in, fan_out), (1, batch, fan_out))
+        shapes = ((seeds, batch, fan_in), (seeds, fan_in, fan_out), (seeds, batch, fan_out))
         tensors.append([torch.randn(shape, dtype=dtype) for shape in shapes])
-    flat = torch.nn.Parameter(torch.randn(1, sum(i * o + o for i, o in layers)))
+    flat = torch.nn.Parameter(torch.randn(seeds, sum(i * o + o for i, o in layers)))
     flat.grad = torch.randn_like(flat)
     optimizer = torch.optim.AdamW([flat], lr=1e-3, fused=True)
 
@@ -193,16 +206,9 @@ def cql_beside_its_products(batch, steps=150):
                     torch.bmm(gradient, weight.mT)
             optimizer.step()
 
-    ours, floor = in_turn(learning("cql", data, steps=steps, batch=batch, bf16=BF16), products, 5)
+    ours = learning("cql", data, seeds, steps=steps, batch=batch, bf16=BF16)
+    ours, floor = in_turn(ours, products, 5)
     return ours / steps, floor / steps
-
-
-def three_seeds(batch, steps=200):
-    """A step of CQL with three seeds; with one."""
-    options = {"steps": steps, "batch": batch, "bf16": BF16}
-    three, one = (learning("cql", random_buffer(), seeds, **options) for seeds in (3, 1))
-    ours, other = in_turn(three, one, 5)
-    return ours / steps, other / steps
 
 
 # ----------------------------------------------------------------------------------------------
@@ -274,44 +280,25 @@ def imagine_beside_no_cache(count=64, steps=20):
     return between - began, ended - between
 
 
-@torch.inference_mode()
-def generate_keeping_rows(model, tokenizer, goals, observations, max_steps):
-    """Greedy rollouts with a cache, all rows kept until the last one ends. Returns how many actions
-    each row needs.
-    """
-    encoded = WORLD.encode_goals(goals)
-    obs = observations
-    prompts = prompts_of(tokenizer, goals)
-    starts = [prompt + tasks.rollout_positions([row]) for prompt, row in zip(prompts, observations)]
-    sequences = Sequences(model, starts)
-    needed = np.zeros(len(goals), int)
-    for step in range(max_steps):
-        actions = model.action_logits(sequences.hidden).argmax(-1).numpy()
-        taken, expected = rollout.imagine_step(sequences, WORLD, encoded, obs, actions[:, None])
-        ends = WORLD.success(encoded, obs, expected, taken, imagined=True)
-        ends |= step == max_steps - 1
-        needed[(needed == 0) & ends] = step + 1
-        if needed.all():
-            break
-        obs = expected
-        sequences.feed(model.embed_states(torch.as_tensor(obs)))
-    return needed
+BEFORE = "308e543"  # the commit whose stage imagine had no trees, and read each prompt for each row
 
 
-def imagine_mixed_lengths(count=256, steps=50):
-    """Greedy rollouts for rephrased goals, which end at different times; the same, all rows kept
-    until the last ends.
-    """
-    model, goals = default_model(merged=True), novel(count)
-    ours = partial(rollout.generate, *model, WORLD, *goals, max_steps=steps)
-    other = partial(generate_keeping_rows, *model, *goals, steps)
-    lengths = [len(record["actions"]) for record in ours()]
-    alike = np.mean(lengths == other())
-    print(
-        f"  {statistics.median(lengths):.0f} actions in the median, {max(lengths)} at most", end=""
-    )
-    print(f"; {alike:.1%} alike")
-    return in_turn(ours, other, 3)
+def imagine_beside_commit(commit=BEFORE):
+    """The stage imagine of a small run on one core; the same in a clone of an older commit."""
+    with tempfile.TemporaryDirectory() as place:
+        older = Path(place) / "older"
+        subprocess.run(["git", "clone", "-q", ROOT, older], check=True)
+        subprocess.run(["git", "-C", older, "checkout", "-q", commit], check=True)
+        seconds = []
+        for code, options in ((ROOT, ["--processes", "1"]), (older, [])):
+            command = [sys.executable, code / "kalm.py", "--scale", "cpu", "--train_goals", "600"]
+            command += "--novel_goals 24 --adapter released --stage collect ground imagine".split()
+            command += [*options, "--output_dir", Path(place) / code.name]
+            alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, env=alone, stdout=subprocess.DEVNULL, check=True)
+            manifest = folder.read_json(Path(place) / code.name / "manifest.json")
+            seconds.append(manifest["stages"]["imagine"]["time_s"])
+    return seconds
 
 
 # ----------------------------------------------------------------------------------------------
@@ -401,23 +388,6 @@ def data_loading():
 
     loading, step = in_turn(load, partial(train_step, model, load()), 5)
     return loading, step / 50
-
-
-def goal_encoding(steps=200):
-    """Encoding the goal texts of `--scale cpu`; a fiftieth of what its eight methods then take to
-    learn from them.
-    """
-    language_model, tokenizer = llm.load(llm.resolve("smollm2"), 4)
-    rng = np.random.default_rng(0)
-    goals = WORLD.sample_goals("offline", "train", 6000, rng)
-    for level in env.NOVEL_LEVELS:
-        goals += WORLD.sample_goals(level, "test", 240, rng)
-    texts = list({goal.text for goal in goals})
-    encode = partial(encode_texts, texts, language_model.base_model, tokenizer)
-    data = random_buffer(hidden=576)
-    bc, cql = (learning(name, data, 3, steps=steps, bf16=BF16) for name in ("bc", "cql"))
-    encoding, *learned = (seconds(function, 2) for function in (encode, bc, cql))
-    return encoding, 4 * sum(learned) * rl.RLConfig.steps / steps / 50
 
 
 # ----------------------------------------------------------------------------------------------
@@ -550,28 +520,67 @@ def measure_memory(options, found):
 
 
 # ----------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@contextlib.contextmanager
+def neighbour(is_there=True):
+    """A process that keeps one core busy."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_there else None
+    try:
+        yield
+    finally:
+        if busy:
+            busy.kill()
+
+
+def measure_runs(options, found):
+    """A whole run at a scale: on all cores, beside a busy process, on one; then as eight workers,
+    whose CPU seconds tell what a stage would take on eight cores: those of the busiest.
+    """
+    print(
+        f"--scale {options.runs}\n\n| how | seconds | collect | ground | imagine | learn |", end=""
+    )
+    print(" evaluate | report |\n" + "| --- " * 8 + "|")
+    ways = [("all cores", 0, False), ("beside a busy process", 0, True), ("one worker", 1, False)]
+    ways += [("eight workers, CPU seconds of the busiest", 8, False)]
+    for name, workers, is_beside in ways:
+        if not any(word in name for word in options.only):
+            continue
+        with tempfile.TemporaryDirectory() as run, neighbour(is_beside):
+            command = [sys.executable, ROOT / "kalm.py", "--scale", options.runs]
+            command += ["--processes", str(workers), "--output_dir", run]
+            began = time.perf_counter()
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            seconds = time.perf_counter() - began
+            log = (Path(run) / "logs" / "stages.jsonl").read_text(encoding="utf-8")
+        stages = [json.loads(line) for line in log.splitlines()]
+        of_stages = [stage["time_s"] for stage in stages]
+        if workers == 8:
+            of_stages = [max(stage["cpu_s"]) for stage in stages]
+            seconds = sum(of_stages)
+        found[name] = {"seconds": seconds, "stages": stages}
+        columns = " | ".join(f"{each:.0f}" for each in (seconds, *of_stages))
+        print(f"| {name} | {columns} |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
 # The table
 
-PEER, DRAWN, FLOOR = "d3rlpy 2.8.1", "d3rlpy, batches drawn before", "its products and AdamW"
+PEER, FLOOR = "d3rlpy 2.8.1, one after the other", "its products and AdamW"
 ROWS = {  # name: (function, what the other is, how often its time ours may take at most)
     "env step, one thread": (step_beside_bare_physics, "loop of mj_step", 1.15),
     "env step, all cores": (step_on_all_cores, "one thread / cores", 1 / 0.85),
     "env reset": (reset_beside_step, "env step", 1),
-    "CQL step, batch 32": (partial(cql_beside_d3rlpy, 32), PEER, 1 / 5),
-    "CQL step, batch 256": (partial(cql_beside_d3rlpy, 256), PEER, 1 / 6),
-    "CQL step, batch 256, float32": (partial(cql_beside_d3rlpy, 256, False), PEER, 1 / 6),
-    "CQL step, batch 32, strictly": (partial(cql_beside_d3rlpy, 32, drawn=True), DRAWN, 1 / 5),
-    "CQL step, batch 256, strictly": (partial(cql_beside_d3rlpy, 256, drawn=True), DRAWN, 1 / 6),
-    "CQL step, batch 32, floor": (partial(cql_beside_its_products, 32), FLOOR, None),
-    "CQL step, batch 256, floor": (partial(cql_beside_its_products, 256), FLOOR, None),
-    "CQL step, three seeds": (partial(three_seeds, 256), "one seed", 1.6),
-    "CQL step, three seeds, batch 32": (partial(three_seeds, 32), "one seed", 1.6),
+    "learn, three seeds, batch 32": (partial(learn_beside_d3rlpy, 32), PEER, 0.17),
+    "learn, three seeds, batch 256": (partial(learn_beside_d3rlpy, 256), PEER, 0.10),
+    "learn, CQL, batch 32": (partial(cql_beside_its_products, 32), FLOOR, None),
+    "learn, CQL, batch 256": (partial(cql_beside_its_products, 256), FLOOR, None),
     "imagine, 64 goals, 20 actions": (imagine_beside_no_cache, "no cache", 1 / 10),
-    "imagine, mixed lengths": (imagine_mixed_lengths, "finished rows kept", 1 / 1.5),
+    "imagine, a stage on one core": (imagine_beside_commit, f"commit {BEFORE}", 1 / 3),
     "ground, packed rows": (packed_rows, "one example a row", 1 / 4),
     "ground, step": (step_beside_backbone, "bare backbone", 1.15),
     "ground, data loading": (data_loading, "2% of the step", 1),
-    "learn, goal encoding": (goal_encoding, "2% of the stage", 1),
 }
 
 
@@ -605,6 +614,10 @@ def main():
     parser.add_argument("--growth", action="store_true", help=growth)
     largest = "rollouts in the largest rows of --growth"
     parser.add_argument("--largest", type=int, default=100000, metavar="N", help=largest)
+    runs = "instead, whole runs at this scale: on all cores, beside a busy process, on one core"
+    parser.add_argument("--runs", metavar="SCALE", help=runs)
+    busy = "keep one core busy beside all that is measured"
+    parser.add_argument("--busy", action="store_true", help=busy)
     options = parser.parse_args()
     machine = f"{CORES} cores, {platform.processor() or platform.machine()}"
     machine += f", torch {torch.__version__}, bf16 {'fast' if BF16 else 'not used'}"
@@ -615,7 +628,10 @@ def main():
         measure = measure_growth
     elif options.memory:
         measure = measure_memory
-    measure(options, found["rows"])
+    elif options.runs:
+        measure = measure_runs
+    with neighbour(options.busy):
+        measure(options, found["rows"])
     if options.json:
         folder.write_json(options.json, found)
 

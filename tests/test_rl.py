@@ -104,6 +104,7 @@ def by_hand(algorithm, config, seed_index, batches, networks, table):
     moments, target = dict.fromkeys(networks, (0, 0)), networks["critic"]
     for step, batch in enumerate(batches):
         obs, goal, action, reward, next_obs, done = (x[seed_index].numpy() for x in batch)
+        goal = np.repeat(goal, len(obs) // len(goal))
         now = np.hstack([obs / SCALE, table[goal]]).astype(float)
         ahead = np.hstack([next_obs / SCALE, table[goal]]).astype(float)
         n, rows, taken = len(obs), np.arange(len(obs)), np.eye(ACTIONS)[action]
@@ -162,8 +163,9 @@ def test_updates_equal_the_ones_computed_by_hand(algorithm):
         advantage_weight=4,
         imaginary_share=0.5,
         observation_scale=SCALE,
+        of_goal=3,
     )
-    batches = [rl.Batches(real, [imaginary], 12, 2, 0.5, sum(seeds))[step] for step in range(3)]
+    batches = [rl.Batches(real, [imaginary], 12, 2, 0.5, sum(seeds), 3)[step] for step in range(3)]
     network, curve = rl.learn(algorithm, real, [imaginary], table.table, seeds, config, ACTIONS)
     assert [step for step, *_ in curve] == [0, 1, 2]
     for seed_index, seed in enumerate(seeds):
@@ -449,10 +451,11 @@ def test_an_unknown_algorithm_is_refused_by_name():
         ({"methods": "bc,"}, "--methods: unknown method ''"),
         ({"methods": "bc,bc"}, "--methods .* once"),
         (
-            {"rl_batch": 12, "methods": "bc+kalm"},
-            "--imaginary_share is 2 of a batch, for 3 sources",
+            {"rl_batch": 48, "methods": "bc+kalm"},
+            "--imaginary_share is 2 of a batch's goals, for 3 sources",
         ),
-        ({"rl_batch": 25, "methods": "bc+both"}, "is 5 of a batch, for 6 sources"),
+        ({"rl_batch": 100, "methods": "bc+both"}, "is 5 of a batch's goals, for 6 sources"),
+        ({"rl_batch": 30}, "--rl_batch 30 must be a multiple of --rl_of_goal 4"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(options, problem):

@@ -15,8 +15,10 @@ def test_a_balanced_buffer_draws_each_goal_alike_and_each_of_its_transitions_ali
     records = [r for r in random_records(40) if r["goal"] != TEXTS[2]] + random_records(3)[2:]
     for balanced in (False, True):
         buffer = Buffer(records, toy_table(), balanced=balanced)
-        rows = torch.as_tensor(buffer.draw((2, 20000), np.random.default_rng(0)))
-        assert rows.shape == (2, 20000)
+        rows = torch.as_tensor(buffer.draw((2, 10000), 2, np.random.default_rng(0)))
+        assert rows.shape == (2, 10000, 2)
+        goals = buffer.transitions.goal[rows]
+        assert torch.equal(goals[..., 0], goals[..., 1])
         drawn = torch.bincount(rows.flatten(), minlength=len(buffer)) / rows.numel()
         goal = buffer.transitions.goal
         sizes = torch.bincount(goal)
@@ -82,6 +84,12 @@ def test_a_batch_is_real_and_imaginary_in_the_asked_shares(share, buffers, expec
     for number, buffer in enumerate(sources):
         buffer.transitions.reward[:] = number
     batch = Batches(sources[0], sources[1:], 10, 3, share, 0)[250]
+    wide = Batches(sources[0], sources[1:], 20, 3, share, 0, 2)[250]
+    assert wide.goal.shape == (3, 10) and wide.obs.shape == (3, 20, 10)
+    for row in wide.reward:
+        assert [int((row == number).sum()) for number in range(buffers + 1)] == [
+            2 * count for count in expected
+        ]
     assert [x.shape for x in batch] == [(3, 10, 10), *[(3, 10)] * 3, (3, 10, 10), (3, 10)]
     for row in batch.reward:
         assert [int((row == number).sum()) for number in range(buffers + 1)] == expected
