@@ -69,7 +69,7 @@ SCALES = {  # what differs from the settings' own defaults, which are those of a
         "new_learning_rate": 1e-3, "logging_steps": 1, "save_steps": 4, "novel_goals": 6,
         "starts_per_goal": 2, "step_starts": 2, "temperatures": "1,1.3", "candidates": 3,
         "step_candidates": 4, "self_check": True, "imagined_steps": 4, "keep": "all",
-        "encoder_layers": 0, "rl_steps": 60, "rl_batch": 32, "rl_of_goal": 2,
+        "encoder_layers": 0, "rl_steps": 60, "rl_batch": 64, "rl_of_goal": 2,
         "conservative_weight": 1.0, "seeds": 2, "rl_snapshot_steps": 20, "curve_points": 2,
         "last_checkpoints": 2, "methods": "bc,bc+relabel,bc+kalm,cql,cql+relabel,cql+kalm,dt,llm",
         "episodes": 6, "episode_steps": 10, "curve_episodes": 4,
@@ -270,8 +270,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     others = [goal.text for level in goals.values() for goal in level]
     others += [record["goal"] for record in held_out]
     encoder = run.load_encoder(settings.encoder, settings.encoder_layers)
-    how = {"dimensions": settings.goal_dimensions, "shared": True}
-    table = rl.GoalTable.encode(trained_texts, others, *encoder, **how)
+    table = rl.GoalTable.encode(trained_texts, others, *encoder, shared=True)
     buffer = rl.Buffer(real, table, state.device)
     config = settings.config(run.world.observation_scale, run.dtype == torch.bfloat16)
     seeds = [run.seed + number for number in range(settings.seeds)]

@@ -269,7 +269,6 @@ class LearnArguments:
     balance_goals: bool = setting(True, "draw imaginary batches by goal, not by transition")
     encoder: str = setting("llm", "of goals: llm (the base LLM), or a transformers model")
     encoder_layers: int = setting(4, "first layers of the base LLM to use; 0: all")
-    goal_dimensions: int = setting(0, "principal components of encodings to use; 0: all")
     rl_steps: int = setting(RLConfig.steps, "gradient steps of offline RL")
     rl_batch: int = setting(RLConfig.batch, "transitions a step and seed")
     rl_of_goal: int = setting(RLConfig.of_goal, "transitions of one goal, of a batch")
@@ -297,8 +296,7 @@ class LearnArguments:
             "rl_snapshot_steps",
             "last_checkpoints",
         )
-        at_least(0, self, "curve_points", "goal_dimensions")
-        at_least(0, self, "kept_per_goal", "dynamics_tolerance", "encoder_layers")
+        at_least(0, self, "curve_points", "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")
         if self.keep not in ("matched", "explained", "both", "all"):
             raise ValueError(f"--keep takes matched, explained, both or all, got {self.keep!r}")

@@ -294,7 +294,7 @@ class ImagineArguments:
     restate: bool = setting(True, "new words as known ones that the LLM finds")
     starts_per_goal: int = setting(12, "starts to imagine from a goal")
     step_starts: int = setting(30, "the same for goals of one action")
-    temperatures: str = setting("1,1", "of sampling, one for each round of imagining")
+    temperatures: str = setting("1,1", "of sampling, by round of imagining")
     candidates: int = setting(8, "actions tried in mind at a step of later rounds")
     step_candidates: int = setting(40, "the same for goals of one action")
     visited_share: float = setting(0.5, "of rollouts that start in a state of the data")

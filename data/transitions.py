@@ -51,70 +51,36 @@ def encode_texts(
     return torch.from_numpy(np.stack(means))
 
 
-def principal_components(encodings: Tensor, count: int) -> Tensor:
-    """The directions in which encodings (N, width) of mean 0 differ most: (width, count).
-
-    They have one length, by which what they give has a mean square of 1, as standardised encodings
-    have. Raises ValueError for more than the encodings span.
-    """
-    most = min(len(encodings) - 1, encodings.shape[1])
-    if count > most:
-        raise ValueError(f"--goal_dimensions {count}: the training goals span no more than {most}")
-    encodings = encodings.double()
-    _, directions = torch.linalg.eigh(encodings.T @ encodings)  # the most important ones come last
-    largest = directions[:, -count:].flip(1)
-    size = (encodings @ largest).square().mean().sqrt()
-    return (largest / size).float()
-
-
 class GoalTable:
     """Encodings of distinct goal texts: `table` is (texts, hidden) float32, `index[text]` its row.
 
-    scale: (2, width), the mean and deviation that standardised what the encoder gave, and
-    projection: (width, hidden), if there is one, what then made it smaller; for `with_texts`.
+    scale: (2, hidden), the mean and deviation that standardised what the encoder gave, for
+    `with_texts`.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[str],
-        table: Tensor,
-        scale: Tensor | None = None,
-        projection: Tensor | None = None,
-    ):
+    def __init__(self, texts: Sequence[str], table: Tensor, scale: Tensor | None = None):
         self.index = {text: row for row, text in enumerate(texts)}
         self.table = table
         self.scale = scale
-        self.projection = projection
 
     @classmethod
-    def encode(
-        cls, training_texts, novel_texts, model, tokenizer, dimensions: int = 0, shared=False
-    ) -> "GoalTable":
+    def encode(cls, training_texts, novel_texts, model, tokenizer, shared=False) -> "GoalTable":
         """Encode all texts, standardised by the mean and deviation of the training texts.
 
-        dimensions: keep so many of their principal components; 0: the encodings as they are.
         shared: as `encode_texts`.
-        Raises ValueError for more than there are.
         """
         texts = list(dict.fromkeys([*training_texts, *novel_texts]))
         encodings = encode_texts(texts, model, tokenizer, shared=shared)
         known = encodings[: len(set(training_texts))]
         scale = torch.stack([known.mean(0), known.std(0) + 1e-6])
-        table = (encodings - scale[0]) / scale[1]
-        if dimensions == 0:
-            return cls(texts, table, scale)
-        projection = principal_components(table[: len(known)], dimensions)
-        return cls(texts, table @ projection, scale, projection)
+        return cls(texts, (encodings - scale[0]) / scale[1], scale)
 
     def with_texts(self, texts: Sequence[str], model, tokenizer, shared=False) -> "GoalTable":
         """The table with more texts behind, by the model that encoded the others."""
         more = [text for text in dict.fromkeys(texts) if text not in self.index]
         encodings = encode_texts(more, model, tokenizer, shared=shared)
         encodings = (encodings - self.scale[0]) / self.scale[1]
-        if self.projection is not None:
-            encodings = encodings @ self.projection
-        table = torch.cat([self.table, encodings])
-        return GoalTable([*self.index, *more], table, self.scale, self.projection)
+        return GoalTable([*self.index, *more], torch.cat([self.table, encodings]), self.scale)
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """Encodings of known texts: (len(texts), hidden)."""
@@ -123,7 +89,7 @@ class GoalTable:
 
     def save(self, path: str | Path) -> None:
         """A safetensors file; the texts are its metadata, as JSON."""
-        tensors = {"table": self.table, "scale": self.scale, "projection": self.projection}
+        tensors = {"table": self.table, "scale": self.scale}
         tensors = {name: x.cpu().contiguous() for name, x in tensors.items() if x is not None}
         metadata = {"texts": json.dumps(list(self.index))}
         save_file(tensors, str(path), metadata)

@@ -169,7 +169,7 @@ def fits_of_d3rlpy(algorithm, data, batch, steps):
 
 
 def learn_beside_d3rlpy(batch, seeds=3, steps=100):
-    """A step of BC and one of CQL with three seeds, batches drawn, as `--scale cpu` takes 16,000 of
+    """A step of BC and one of CQL with three seeds, batches drawn, as `--scale cpu` takes 8,000 of
     each four times; d3rlpy's steps of the same, a seed after the other.
     """
     data = random_buffer(hidden=576)

@@ -329,7 +329,7 @@ def test_checkpoints_are_even_over_the_steps_and_close_at_the_end():
     assert names == ["checkpoints/bc-960.safetensors", "bc.safetensors"]
     paper = rl.LearnArguments(rl_steps=500000, curve_points=50)
     assert paper.checkpoints == list(range(10000, 500001, 10000))
-    assert rl.LearnArguments(curve_points=0, last_checkpoints=1).checkpoints == [16000]
+    assert rl.LearnArguments(curve_points=0, last_checkpoints=1).checkpoints == [8000]
     assert rl.LearnArguments(rl_steps=2).checkpoints == [1, 2]
 
 
@@ -436,7 +436,6 @@ def test_an_unknown_algorithm_is_refused_by_name():
         ({"rl_snapshot_steps": 0}, "--rl_snapshot_steps must be at least 1"),
         ({"curve_points": -1}, "--curve_points must be at least 0, got -1"),
         ({"last_checkpoints": 0}, "--last_checkpoints must be at least 1, got 0"),
-        ({"goal_dimensions": -1}, "--goal_dimensions must be at least 0"),
         ({"kept_per_goal": -1}, "--kept_per_goal must be at least 0, got -1"),
         ({"encoder_layers": -1}, "--encoder_layers must be at least 0"),
         ({"rl_learning_rate": math.nan}, "--rl_learning_rate .* got nan"),

@@ -201,7 +201,7 @@ def test_help_fits_two_screens_and_shows_every_setting_of_ours_by_scale(
     for each, name in OURS:
         text = "".join(each.__dataclass_fields__[name].metadata["help"].split())
         assert f"--{name}{text}(" in words, name
-    assert "--rl_stepsgradientstepsofofflineRL(60/3000/16000/30000/500000)" in words
+    assert "--rl_stepsgradientstepsofofflineRL(60/3000/8000/30000/500000)" in words
     assert "released,afolder,ornone(none/released/released/none)" in words
     assert "All other settings of transformers.TrainingArguments are accepted" in shown
 
@@ -225,7 +225,7 @@ def plan_of(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_prints_what_would_happen_and_writes_nothing(plan_of):
     plan = plan_of("--scale", "cpu", "--rl_steps", 77)
     assert list(plan) == ["KALM,", *list(kalm.STAGES)[:-1], "memory:"]
-    assert "rl_steps 77," in plan["learn"] and "episodes 200," in plan["evaluate"]
+    assert "rl_steps 77," in plan["learn"] and "episodes 120," in plan["evaluate"]
     settings_of_ground = re.split(" {3,}", plan["ground"])[-1]
     assert settings_of_ground == (  # no tasks, no batch size, nothing is trained
         "adapter released, keep_layers 6, max_steps -1, num_train_epochs 0.0, load_in_4bit False"

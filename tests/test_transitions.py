@@ -149,28 +149,6 @@ def test_a_goal_table_is_standardised_by_its_training_texts_and_survives_the_dis
     assert loaded.index == table.index and len(loaded.table) == 18
 
 
-def test_principal_components_of_training_texts_are_numpys_and_outlive_the_disk(tmp_path):
-    model, tokenizer = llm.tiny(SENTENCES)
-    encoder = model.base_model, tokenizer
-    training, novel = SENTENCES[:12], SENTENCES[12:]
-    whole = GoalTable.encode(training, novel, *encoder)
-    table = GoalTable.encode(training, novel, *encoder, 5)
-    known = whole.of_texts(training).double().numpy()
-    _, lengths, directions = np.linalg.svd(known)
-    wanted = whole.table.double().numpy() @ directions[:5].T
-    wanted *= (known.size / 64 * 5 / (lengths[:5] ** 2).sum()) ** 0.5
-    assert table.table.shape == (18, 5)
-    np.testing.assert_allclose(table.table.abs().numpy(), np.abs(wanted), rtol=1e-3, atol=1e-3)
-    assert table.of_texts(training).square().mean() == pytest.approx(1, rel=1e-4)
-    table.save(tmp_path / "goals.safetensors")
-    loaded = GoalTable.load(tmp_path / "goals.safetensors")
-    with_all = GoalTable.encode(training, [*novel, "Move it."], *encoder, 5)
-    added = loaded.with_texts(["Move it."], *encoder)
-    torch.testing.assert_close(added.table, with_all.table, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="--goal_dimensions 12: .* no more than 11"):
-        GoalTable.encode(training, novel, *encoder, 12)
-
-
 def test_a_goal_added_to_a_table_is_encoded_as_if_it_had_been_there():
     model, tokenizer = llm.tiny(SENTENCES)
     encoder = model.base_model, tokenizer
