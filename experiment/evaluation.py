@@ -3,6 +3,7 @@
 This file knows policies on disk, LLMs as policies and worlds, and nothing of how they learned.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from rl import MODELS, LearnArguments
 class EvaluateArguments:
     """Success rates."""
 
-    episodes: int = setting(120, "for each method, level and seed")
+    episodes: int = setting(120, "of a method, level and seed; words: half")
     episode_steps: int = setting(50, "actions in an episode at most")
     curve_episodes: int = setting(10, "the same of policies on the way")
     report_last: int = setting(1, "checkpoints to report the mean of")
@@ -180,7 +181,7 @@ def trials(learned: LearnArguments, settings: EvaluateArguments) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Who is evaluated in which episodes: for each level as many goals, and for each seed starts
+    """Who is evaluated in which episodes: for each level goals, and for each seed starts
     (episodes of all levels, state_dim). A checkpoint that only curves are made of plays the first
     `curve_episodes` of each level.
     """
@@ -197,8 +198,9 @@ class Evaluation:
 
     def rows(self, level: str, of_curve: bool) -> ndarray:
         """Which episodes of all are those of a level."""
+        before = itertools.takewhile(level.__ne__, self.goals)
+        first = sum(len(self.goals[other]) for other in before)
         every = len(self.goals[level])
-        first = every * list(self.goals).index(level)
         count = min(self.settings.curve_episodes, every) if of_curve else every
         return np.arange(first, first + count)
 

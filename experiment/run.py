@@ -173,8 +173,8 @@ class Run:
         return words.questions(self.world, imagining["split"], self.seed, count)
 
     def goals_to_evaluate(self, count: int) -> dict[str, list[env.Goal]]:
-        """count judged goals a level, trained and novel ones; few are repeated in turn. Those of
-        level words are as agents hear them.
+        """count judged goals a level, trained and novel ones; few are repeated in turn. Of level
+        words half as many, as agents hear them: of these, first actions tell more than success.
         """
         real, _ = self.real_rollouts()
         trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
@@ -183,8 +183,9 @@ class Run:
         chosen = {}
         for level, goals in candidates.items():
             judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
+            wanted = (count + 1) // 2 if level == env.WORDS else count
             if judged:
-                chosen[level] = [judged[number % len(judged)] for number in range(count)]
+                chosen[level] = [judged[number % len(judged)] for number in range(wanted)]
         if env.WORDS in chosen:
             chosen[env.WORDS] = words.as_heard(chosen[env.WORDS], self.heard_before())
         return chosen
