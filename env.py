@@ -394,7 +394,9 @@ def rollout_records(
     """
     if not episodes:
         return []
-    before, after, actions = zip(*[(seen[:-1], seen[1:], taken) for seen, taken, _ in episodes])
+    before = [seen[:-1] for seen, _, _ in episodes]
+    after = [seen[1:] for seen, _, _ in episodes]
+    actions = [taken for _, taken, _ in episodes]
     lengths = [len(taken) for taken in actions]
     encoded = np.repeat(world.encode_goals(goals), lengths, 0)
     transitions = (encoded, *map(np.concatenate, (before, after, actions)), imagined)

@@ -303,8 +303,11 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
             if rl.DT in curves:
                 shutil.copytree(work / rl.DT / "model", aside / rl.DT)
                 methods.append(rl.DT)
-            losses = {method: [entry[:2] for entry in curves[method]] for method in methods}
-            norms = {method: [entry[::2] for entry in curves[method]] for method in methods}
+            losses = {}
+            norms = {}
+            for method in methods:
+                losses[method] = [entry[:2] for entry in curves[method]]
+                norms[method] = [entry[::2] for entry in curves[method]]
             folder.write_json(aside / "curves.json", losses)
             folder.write_json(aside / "gradient_norms.json", norms)
 
@@ -324,7 +327,8 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     evaluation = Evaluation(learned, settings, goals, starts)
     all_trials = trials(learned, settings)
     of_models = [trial for trial in all_trials if trial.method in rl.MODELS]
-    mine = all_trials[len(of_models) :][state.process_index :: state.num_processes]
+    of_policies = all_trials[len(of_models) :]
+    mine = of_policies[state.process_index :: state.num_processes]
     policies = run.folder / "policies"
     asked = run.word_questions(run.recorded("imagine"))
     asked = words.questions_as_heard(asked, run.heard_before())

@@ -54,9 +54,9 @@ def rollout_figures(
     starts = world.state_from_observation(first)
 
     def play(rows):
-        plans = replay([actions[row] for row in rows])
+        plans = [actions[row] for row in rows]
         asked = [goals[row] for row in rows]
-        played = env.run_episodes(world, plans, asked, starts[rows], max(lengths))
+        played = env.run_episodes(world, replay(plans), asked, starts[rows], max(lengths))
         return [record["success"] for record in played]
 
     played = np.arange(0, len(records), max(1, len(records) // PLAYED))

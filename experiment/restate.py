@@ -29,7 +29,9 @@ def meanings(
     lexicon: a world's; its hint has {} for the new word, and one of its answers is to follow, which
     counts by its first token.
     """
-    first = [text_ids(tokenizer, f" {answer}")[0] for answer in lexicon.answers]
+    first = []
+    for answer in lexicon.answers:
+        first.append(text_ids(tokenizer, f" {answer}")[0])
     asked = []
     for word in (*words, *ANY_WORDS):
         prompt = text_ids(tokenizer, lexicon.hint.format(word))

@@ -3,6 +3,7 @@
 This file knows where things lie in a run's folder, and nothing of what the stages do with them.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +139,11 @@ class Run:
 
     def imagined_rollouts(self) -> dict[str, list[dict]]:
         """All imagined rollouts by level."""
-        levels = [level for level in self.novel_goals() if level != env.WORDS]
-        folders = {level: self.folder / "rollouts" / level for level in levels}
-        return {level: read_rollouts(path, self.world) for level, path in folders.items()}
+        found = {}
+        for level in self.novel_goals():
+            if level != env.WORDS:
+                found[level] = read_rollouts(self.folder / "rollouts" / level, self.world)
+        return found
 
     def heard(self, texts: Sequence[str], restates: bool) -> dict[str, str]:
         """What agents hear instead of texts: where the world has a lexicon, known words for new
@@ -177,7 +180,10 @@ class Run:
         words half as many, as agents hear them: of these, first actions tell more than success.
         """
         real, _ = self.real_rollouts()
-        trained = list({record["goal"]: env.goal_of(record) for record in real}.values())
+        by_text = {}
+        for record in real:
+            by_text[record["goal"]] = env.goal_of(record)
+        trained = list(by_text.values())
         order = self.rng(5).permutation(len(trained))[:count]
         candidates = {"offline": [trained[row] for row in order], **self.novel_goals()}
         chosen = {}
@@ -185,7 +191,7 @@ class Run:
             judged = [goal for goal in goals if goal.kind != env.UNJUDGED]
             wanted = (count + 1) // 2 if level == env.WORDS else count
             if judged:
-                chosen[level] = [judged[number % len(judged)] for number in range(wanted)]
+                chosen[level] = list(itertools.islice(itertools.cycle(judged), wanted))
         if env.WORDS in chosen:
             chosen[env.WORDS] = words.as_heard(chosen[env.WORDS], self.heard_before())
         return chosen

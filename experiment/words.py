@@ -58,7 +58,11 @@ class Question(NamedTuple):
 
 def as_heard(goals: Sequence[env.Goal], heard: Mapping[str, str]) -> list[env.Goal]:
     """Goals with the texts that agents hear instead, where there are such (`Run.heard`)."""
-    return [dataclasses.replace(goal, text=heard.get(goal.text, goal.text)) for goal in goals]
+    found = []
+    for goal in goals:
+        text = heard.get(goal.text, goal.text)
+        found.append(dataclasses.replace(goal, text=text))
+    return found
 
 
 def texts(asked: Sequence[Question]) -> list[str]:
