@@ -293,6 +293,7 @@ def imagine_beside_commit(commit=BEFORE):
         for code, options in ((ROOT, ["--processes", "1"]), (older, [])):
             command = [sys.executable, code / "kalm.py", "--scale", "cpu", "--train_goals", "600"]
             command += "--novel_goals 24 --adapter released --stage collect ground imagine".split()
+            command += "--starts_per_goal 16 --step_starts 40 --temperatures 1,1,1.2,1.2".split()
             command += [*options, "--output_dir", Path(place) / code.name]
             alone = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run(command, env=alone, stdout=subprocess.DEVNULL, check=True)
