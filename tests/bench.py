@@ -294,10 +294,11 @@ def imagine_beside_commit(commit=BEFORE):
             command = [sys.executable, code / "kalm.py", "--scale", "cpu", "--train_goals", "600"]
             command += "--novel_goals 24 --adapter released --stage collect ground imagine".split()
             command += "--starts_per_goal 16 --step_starts 40 --temperatures 1,1,1.2,1.2".split()
-            command += [*options, "--output_dir", Path(place) / code.name]
+            run = Path(place) / f"run of {code.name}"
+            command += [*options, "--output_dir", run]
             alone = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run(command, env=alone, stdout=subprocess.DEVNULL, check=True)
-            manifest = folder.read_json(Path(place) / code.name / "manifest.json")
+            manifest = folder.read_json(run / "manifest.json")
             seconds.append(manifest["stages"]["imagine"]["time_s"])
     return seconds
 

@@ -24,7 +24,7 @@ import psutil
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_A_TRY = re.compile("time|train_(loss|runtime|(samples|steps)_per_second)")
+OF_A_TRY = re.compile("time|cpu_s|train_(loss|runtime|(samples|steps)_per_second)")
 LORA = ["--lora_rank", "4", "--save_steps", "1"]
 RELEASED = ["--llm", "smollm2", "--adapter", "released", "--keep_layers", "6"]
 RELEASED += ["--novel_goals", "3", "--methods", "bc+relabel,bc+kalm,cql+kalm,llm"]
