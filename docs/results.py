@@ -213,14 +213,19 @@ def success_rows(results: dict) -> list[list]:
 
 
 def last_rows(results: dict) -> list[list]:
-    """The mean of the last checkpoints, which the paper reports, behind the figure of the end."""
+    """The mean of the last checkpoints, which the paper reports, behind the figure of the end in
+    the same episodes.
+    """
     rows = []
-    for method, row in results["last_checkpoints"].items():
-        at_end = results["success"][method]
+    for method, last in results["last_checkpoints"].items():
+        at_end = {}
+        for level, curve in results["curves"][method].items():
+            _, rates = curve[-1]
+            at_end[level] = {"mean": sum(rates) / len(rates)}
         cells = []
         for level in LEVELS:
-            cells.append(f"{number(at_end[level]['mean'])} / {number(row[level]['mean'])}")
-        means = [number(report.novel_mean(each)) for each in (at_end, row)]
+            cells.append(f"{number(at_end[level]['mean'])} / {number(last[level]['mean'])}")
+        means = [number(report.novel_mean(each)) for each in (at_end, last)]
         rows.append([f"`{method}`", *cells, " / ".join(means)])
     return rows
 
