@@ -39,7 +39,7 @@ COMMANDS = {  # a command line, and what the sentence names
     "--output_dir photos": "photos has files but no manifest.json",
     "--output_dir фото": "фото has files but no manifest.json",
     "--output_dir mine": "mine is a file",
-    "--imaginary_share 0.05": "--imaginary_share is 1 of a batch's goals, for 3 sources",
+    "--imaginary_share 0.05": "--imaginary_share is 2 of a batch's goals, for 3 sources",
     "--keep explained --self_check false": "needs --self_check true",
     "--dynamics_tolerance 0.1 --self_check no": "needs --self_check true",
     "--methods bc,cql+klam": "did you mean cql+kalm?",
