@@ -224,7 +224,8 @@ def imagine(run: Run, settings: ImagineArguments, work: Path) -> None:
     heard = run.heard([goal.text for goal in new] + words.texts(asked), settings.restate)
     if new:
         goals_of[env.WORDS] = words.as_heard(new, heard)
-    levels = sorted(goals_of, key=env.WORDS.__eq__)  # words last: draws follow a level's place
+    # words come last: a level's draws follow its place
+    levels = sorted(goals_of, key=lambda level: level == env.WORDS)
     for number, level in enumerate(levels):
         where = (goals_of[level], visited, settings, [run.seed, 3, number], work)
         with run.autocast():
@@ -327,7 +328,7 @@ def evaluate(run: Run, settings: EvaluateArguments, work: Path) -> None:
     evaluation = Evaluation(learned, settings, goals, starts)
     all_trials = trials(learned, settings)
     of_models = [trial for trial in all_trials if trial.method in rl.MODELS]
-    of_policies = all_trials[len(of_models) :]
+    of_policies = [trial for trial in all_trials if trial.method not in rl.MODELS]
     mine = of_policies[state.process_index :: state.num_processes]
     policies = run.folder / "policies"
     asked = run.word_questions(run.recorded("imagine"))

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -271,7 +272,7 @@ class LearnArguments:
     encoder_layers: int = setting(4, "first layers of the base LLM to use; 0: all")
     rl_steps: int = setting(RLConfig.steps, "gradient steps of offline RL")
     rl_batch: int = setting(RLConfig.batch, "transitions a step and seed")
-    rl_of_goal: int = setting(RLConfig.of_goal, "transitions of one goal, of a batch")
+    rl_of_goal: int = setting(RLConfig.of_goal, "transitions of a batch in turn of one goal")
     rl_learning_rate: float = setting(RLConfig.lr, "of policies")
     conservative_weight: float = setting(RLConfig.conservative_weight, "alpha of CQL")
     imaginary_share: float = setting(RLConfig.imaginary_share, "of each batch")
@@ -286,16 +287,8 @@ class LearnArguments:
 
     def __post_init__(self):
         self.encoder = absolute(self.encoder, "llm")
-        at_least(
-            1,
-            self,
-            "rl_steps",
-            "rl_batch",
-            "rl_of_goal",
-            "seeds",
-            "rl_snapshot_steps",
-            "last_checkpoints",
-        )
+        at_least(1, self, "rl_steps", "rl_batch", "rl_of_goal", "rl_snapshot_steps")
+        at_least(1, self, "seeds", "last_checkpoints")
         at_least(0, self, "curve_points", "kept_per_goal", "dynamics_tolerance", "encoder_layers")
         at_least(0, self, "rl_learning_rate", "conservative_weight", "imaginary_share")
         if self.keep not in ("matched", "explained", "both", "all"):
@@ -470,9 +463,16 @@ def learn(
         training.restore(snapshot)
     for step, loss, _ in training.curve if log else []:
         log(step, loss)
-    how = (config.batch, len(seeds), config.imaginary_share, int(sum(seeds)), config.of_goal)
-    batches = Batches(real, imaginary, *how)
-    batches.transitions = scaled(batches.transitions, config, table.dtype)
+    batches = Batches(
+        real,
+        imaginary,
+        size=config.batch,
+        seeds=len(seeds),
+        share=config.imaginary_share,
+        seed=int(sum(seeds)),
+        each=config.of_goal,
+        prepare=partial(scaled, config=config, dtype=table.dtype),
+    )
     start = training.schedule.last_epoch
     steps = config.steps
     for step in trange(

@@ -5,7 +5,7 @@ world: rollouts come in as records.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,7 +170,8 @@ class Batches:
     Of each batch all is real but for a share, to which each of the imaginary buffers gives as much
     as the others. `each` transitions in turn have one goal, so that what a network makes of it is
     computed once: `goal` is (seeds, size / each). Rows are drawn for BLOCK batches at a time, from
-    a stream of each block's own: so number n is the same for who begins there.
+    a stream of each block's own: so number n is the same for who begins there. prepare: makes of
+    all transitions, once, what batches have.
     """
 
     BLOCK = 100
@@ -184,6 +185,7 @@ class Batches:
         share: float,
         seed: int,
         each: int = 1,
+        prepare: Callable[[Batch], Batch] | None = None,
     ):
         self.buffers = [real, *imaginary]
         self.each = each
@@ -194,7 +196,8 @@ class Batches:
         self.seeds = seeds
         self.seed = seed
         columns = zip(*[buffer.transitions for buffer in self.buffers])
-        self.transitions = Batch(*[torch.cat(column) for column in columns])
+        transitions = Batch(*[torch.cat(column) for column in columns])
+        self.transitions = prepare(transitions) if prepare else transitions
         self.block = None
         self.rows = None
 

@@ -189,8 +189,9 @@ def cql_beside_its_products(batch, seeds=3, steps=150):
     layers = [(10, 256), (data[1].shape[1], 256), (256, 256), (256, WORLD.num_actions)]
     dtype = torch.bfloat16 if BF16 else torch.float32
     tensors = []
-    for fan_in, fan_out in layers:
-        shapes = ((seeds, batch, fan_in), (seeds, fan_in, fan_out), (seeds, batch, fan_out))
+    for layer, (fan_in, fan_out) in enumerate(layers):
+        rows = batch // rl.RLConfig.of_goal if layer == 1 else batch  # goals are shared
+        shapes = ((seeds, rows, fan_in), (seeds, fan_in, fan_out), (seeds, rows, fan_out))
         tensors.append([torch.randn(shape, dtype=dtype) for shape in shapes])
     flat = torch.nn.Parameter(torch.randn(seeds, sum(i * o + o for i, o in layers)))
     flat.grad = torch.randn_like(flat)
