@@ -271,7 +271,8 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     others = [goal.text for level in goals.values() for goal in level]
     others += [record["goal"] for record in held_out]
     encoder = run.load_encoder(settings.encoder, settings.encoder_layers)
-    table = rl.GoalTable.encode(trained_texts, others, *encoder, shared=True)
+    with run.autocast():
+        table = rl.GoalTable.encode(trained_texts, others, *encoder, shared=True)
     buffer = rl.Buffer(real, table, state.device)
     config = settings.config(run.world.observation_scale, run.dtype == torch.bfloat16)
     seeds = [run.seed + number for number in range(settings.seeds)]

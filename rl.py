@@ -8,7 +8,6 @@ This file knows no grounded model and no particular world: data/transitions.py h
 
 import io
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,31 +32,21 @@ from experiment.settings import absolute, at_least, check_name, setting
 class SeededMLP(nn.Module):
     """One MLP a seed, evaluated together, with ReLU; of one shape and seed all start alike.
 
-    flat: all numbers, (seeds, numbers) float32, layer by layer a weight and a bias. They are one
-    tensor because starting an operation takes longer than doing it on networks this small: so the
-    norm of the gradients, AdamW and Polyak's update are one operation each.
+    parts: layer by layer a weight (seeds, in, out) and a bias (seeds, 1, out).
     """
 
     def __init__(self, seeds: Sequence[int], sizes: Sequence[int]):
         super().__init__()
-        self.shapes = []
-        drawn = []
+        self.parts = nn.ParameterList()
         for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
             # a generator for each seed, so that its start does not depend on its company
             generators = [Generator().manual_seed(1000 * seed + layer) for seed in seeds]
             bound = fan_in**-0.5  # as torch.nn.Linear starts
-            for shape in [(fan_in, fan_out), (1, fan_out)]:
-                numbers = torch.empty(len(seeds), math.prod(shape))
-                for row, generator in zip(numbers, generators):
-                    row.uniform_(-bound, bound, generator=generator)
-                self.shapes.append(shape)
-                drawn.append(numbers)
-        self.flat = nn.Parameter(torch.cat(drawn, dim=1))
-
-    def parts(self, flat: Tensor) -> list[Tensor]:
-        """Views of what lies as self.flat: weights (seeds, in, out), biases (seeds, 1, out)."""
-        pieces = flat.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return [piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)]
+            for rows in (fan_in, 1):
+                numbers = torch.empty(len(seeds), rows, fan_out)
+                for own, generator in zip(numbers, generators):
+                    own.uniform_(-bound, bound, generator=generator)
+                self.parts.append(numbers)
 
     def forward(self, goals: Tensor, *observations: Tensor) -> list[Tensor]:
         """Outputs (seeds, batch, sizes[-1]) float32, one for each of the observations.
@@ -66,8 +55,7 @@ class SeededMLP(nn.Module):
         batch, D): what the first layer makes of them is most of its work, and done once for all.
         Matrices are multiplied in the inputs' precision.
         """
-        parts = self.parts(self.flat.to(goals.dtype))
-        weight, bias, *rest = [part.contiguous() for part in parts]  # bmm is slow on strided ones
+        weight, bias, *rest = [part.to(goals.dtype) for part in self.parts]
         observation_dim = weight.shape[1] - goals.shape[-1]
         of_obs, of_goals = weight.split([observation_dim, goals.shape[-1]], dim=1)
         from_goals = torch.baddbmm(bias, goals, of_goals)
@@ -175,7 +163,8 @@ class ActorCritic(Algorithm):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self.target.flat.lerp_(self.critic.flat, self.config.target_update)
+        for slow, new in zip(self.target.parts, self.critic.parts):
+            slow.lerp_(new, self.config.target_update)
 
 
 class CQL(ActorCritic):
@@ -361,10 +350,9 @@ class Training:
     def __init__(self, algorithm: Algorithm, device):
         config = algorithm.config
         self.algorithm = algorithm.to(device)
-        self.trained = [part for part in algorithm.children() if part.flat.requires_grad]
-        numbers = [network.flat for network in self.trained]
+        self.trained = [part for part in algorithm.parameters() if part.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            numbers, lr=config.lr, weight_decay=config.weight_decay, fused=True
+            self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.steps)
         self.curve = []  # (step, loss, norm of the gradient)
@@ -410,14 +398,15 @@ class Training:
             ) from error
 
 
-def clip_gradients(networks: Sequence[SeededMLP], largest: float) -> Tensor:
+def clip_gradients(parameters: Sequence[Tensor], largest: float) -> Tensor:
     """Scale each seed's gradients down to a norm, in place. Returns the norms before, (seeds,)."""
-    gradients = [network.flat.grad for network in networks]
-    norms = torch.stack([gradient.norm(dim=1) for gradient in gradients])
+    gradients = [parameter.grad for parameter in parameters]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients])
     norm = norms.norm(dim=0)
-    scale = (largest / norm).clamp(max=1)[:, None]
-    for gradient in gradients:
-        gradient.mul_(scale)
+    if (norm > largest).any():
+        scale = (largest / norm).clamp(max=1)[:, None, None]
+        for gradient in gradients:
+            gradient.mul_(scale)
     return norm
 
 
@@ -488,7 +477,7 @@ def learn(
         if checkpoints and step + 1 in checkpoints:
             dtype = torch.float32 if step + 1 == steps else torch.float16
             policy = training.algorithm.policy
-            parts = policy.parts(policy.flat.detach().to("cpu", dtype))
+            parts = [part.detach().to("cpu", dtype) for part in policy.parts]
             save_policy(checkpoints[step + 1], parts, seeds, name, config)
         is_due = (step + 1) % config.snapshot_steps == 0 or step + 1 == steps
         if snapshot and is_due:

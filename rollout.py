@@ -5,6 +5,7 @@ action, the state it expects, the next action... Where physics answers instead o
 expectation, the same loop acts in the world. This file knows no training and no particular world.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from tasks import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, 
 from tasks import rollout_positions as positions_of
 
 POSITIONS_AT_ONCE = 1024  # candidates of all rows together: more is no faster on a CPU
+SHARES = 8  # batches at least, if of 32 rows or more, for processes to share evenly
 
 # ----------------------------------------------------------------------------------------------
 # Imagining and acting
@@ -222,9 +224,11 @@ def fitting_batch(model: KalmForRollouts, positions: int, shared: bool) -> int:
 def batches_of(goals: Sequence[env.Goal], counts: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Rows of each batch: as many candidates, texts of like length, goals of one text together.
 
-    A batch has at most batch_size rows and, where several candidates are tried, at most
-    POSITIONS_AT_ONCE of them. The same whatever the number of processes.
+    A batch has at most batch_size rows, at most an eighth of all but for few, and where several
+    candidates are tried, at most POSITIONS_AT_ONCE of them. The same whatever the number of
+    processes.
     """
+    batch_size = min(batch_size, max(32, math.ceil(len(goals) / SHARES)))
     by_kind = lambda row: (counts[row], len(goals[row].text), goals[row].text)
     order = np.array(sorted(range(len(goals)), key=by_kind), int)
     batches = []

@@ -119,7 +119,8 @@ class Run:
         table = GoalTable.load(self.folder / "policies" / "goals.safetensors")
         if all(text in table.index for text in texts):
             return table
-        return table.with_texts(texts, *self.load_encoder(encoder, layers), shared)
+        with self.autocast():
+            return table.with_texts(texts, *self.load_encoder(encoder, layers), shared)
 
     # Rollouts and goals
 

@@ -19,7 +19,7 @@ SETTINGS = LearnArguments(rl_steps=100, curve_points=2, last_checkpoints=2, seed
 def test_policies_survive_the_disk_and_take_the_networks_best_action(tmp_path):
     table, network = toy_table(), rl.SeededMLP([5, 2], [14, 6, 6, ACTIONS])
     path, config = tmp_path / "cql.safetensors", rl.RLConfig(observation_scale=SCALE)
-    save_policy(path, network.parts(network.flat.detach()), [5, 2], "cql", config)
+    save_policy(path, [part.detach() for part in network.parts], [5, 2], "cql", config)
     loaded, seeds, scale = load_policy(path)
     assert (seeds, scale) == ([5, 2], SCALE) and list(tmp_path.iterdir()) == [path]
     obs = np.random.default_rng(0).normal(0, 0.3, (9, 10)).astype(np.float32)
@@ -89,7 +89,7 @@ def test_the_last_policies_play_all_episodes_and_checkpoints_the_first_of_each_l
     for step in SETTINGS.checkpoints:
         path = tmp_path / SETTINGS.policy_file("bc", step)
         network = rl.SeededMLP([0, 1], [14, 6, ACTIONS])
-        save_policy(path, network.parts(network.flat.detach()), [0, 1], "bc", rl.RLConfig())
+        save_policy(path, [part.detach() for part in network.parts], [0, 1], "bc", rl.RLConfig())
     played = {}
 
     def all_succeed(world, policies, goals, starts, max_steps):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 from transformers import HfArgumentParser
 
 import rl
@@ -52,9 +53,12 @@ def random_records(n, seed=0):
 # ---------------------------------------------------------------------------------------- updates
 
 
+def same_numbers(one, other):
+    return all(torch.equal(*parts) for parts in zip(one.parts, other.parts))
+
+
 def layers_of(network, seed_index=0):
-    numbers = network.flat.detach().double()
-    parts = [part[seed_index].numpy() for part in network.parts(numbers)]
+    parts = [part[seed_index].detach().double().numpy() for part in network.parts]
     return list(zip(parts[::2], parts[1::2]))
 
 
@@ -216,16 +220,20 @@ def test_seeds_train_together_but_apart():
     buffer, table = rl.Buffer(random_records(9), toy_table()), toy_table().table
     config = rl.RLConfig(steps=4, batch=16, width=6)
     network, _ = rl.learn("cql", buffer, [], table, [0, 1], config, ACTIONS)
-    assert network.shapes == [(14, 6), (1, 6), (6, 6), (1, 6), (6, ACTIONS), (1, ACTIONS)]
+    shapes = [(14, 6), (1, 6), (6, 6), (1, 6), (6, ACTIONS), (1, ACTIONS)]
+    assert [part.shape for part in network.parts] == [(2, *shape) for shape in shapes]
     x = torch.randn(2, 5, 14)
     with torch.no_grad():
         (together,) = network(x[..., 10:], x[..., :10])
     for seed in range(2):
         _, alone = forward(layers_of(network, seed), x[seed].numpy())
         np.testing.assert_allclose(together[seed], alone, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(network.flat[0], network.flat[1])
+    flat = lambda network, row: parameters_to_vector(part[row] for part in network.parts)
+    assert not torch.equal(flat(network, 0), flat(network, 1))
     one, other = rl.SeededMLP([1, 0], [14, 6, ACTIONS]), rl.SeededMLP([0, 1], [14, 6, ACTIONS])
-    assert torch.equal(one.flat[0], other.flat[1])  # a seed's start does not depend on its company
+    assert torch.equal(
+        flat(one, 0), flat(other, 1)
+    )  # a seed's start does not depend on its company
 
 
 def accuracy(algorithm, records, wanted, obs, **options):
@@ -235,7 +243,7 @@ def accuracy(algorithm, records, wanted, obs, **options):
     buffer = rl.Buffer(records, table)
     network, _ = rl.learn(algorithm, buffer, [], table.table, [0], config, ACTIONS)
     goals = table.table[np.zeros(len(obs), int)]
-    values = values_of(network.parts(network.flat.detach()), 0, goals, SCALE)
+    values = values_of([part.detach() for part in network.parts], 0, goals, SCALE)
     act = lambda obs, rows: values(obs, rows).argmax(-1).numpy()
     return (act(obs, rows) == wanted).mean()
 
@@ -289,7 +297,7 @@ def test_a_snapshot_taken_up_again_gives_the_same_policy_curve_and_log_to_the_la
         learned(algorithm, snapshot=path)
     assert saved == [2, 4, 6, 8, 9][:number]
     resumed, again = learned(algorithm, snapshot=path, log=lambda *entry: logged.append(entry))
-    assert again == curve and torch.equal(straight.flat, resumed.flat)
+    assert again == curve and same_numbers(straight, resumed)
     assert logged == [(step, loss) for step, loss, _ in curve] and len(curve) == 9
     assert [p.name for p in tmp_path.iterdir()] == ["method.pt"]
 
@@ -298,10 +306,10 @@ def test_policies_are_kept_on_the_way_and_a_killed_training_keeps_the_same(tmp_p
     files = {step: tmp_path / f"{step}.safetensors" for step in (3, 5, 9)}
     network, _ = learned("cql", checkpoints=files)
     found = {step: load_policy(path)[0] for step, path in files.items()}
-    for ours, wanted in zip(found[9], network.parts(network.flat.detach())):
+    for ours, wanted in zip(found[9], network.parts):
         assert torch.equal(ours, wanted)
     brief, _ = learned("cql")
-    assert torch.equal(brief.flat, network.flat)  # looking does not change it
+    assert same_numbers(brief, network)  # looking does not change it
     for step, later in ((3, 5), (5, 9)):  # these in half precision
         assert all(torch.equal(x, x.half().float()) for x in found[step])
         assert not torch.equal(found[step][0], found[later][0])
@@ -371,12 +379,12 @@ def test_numbers_that_are_none_stop_learning_with_method_step_seed_and_row(algor
 def test_outputs_that_are_too_large_are_traced_to_their_seed():
     table = toy_table()
     training = rl.Training(rl.BC([0, 1], [14, 8, ACTIONS], rl.RLConfig()), "cpu")
-    training.algorithm.policy.flat.data[1] = 1e38
+    of_seed = [part.data[1].fill_(1e38) for part in training.algorithm.policy.parts]
     buffer = rl.Buffer(random_records(8), table)
     batch = rl.Batches(buffer, [], 32, 2, 0, 0)[0]
     with pytest.raises(FloatingPointError, match="here: the loss is nan .*, from seed 1, batch"):
         training.gradient_step(batch._replace(goal=table.table[batch.goal]), "here")
-    assert (training.algorithm.policy.flat[1] == 1e38).all()  # no step was taken
+    assert all((part == 1e38).all() for part in of_seed)  # no step was taken
 
 
 def test_a_seed_whose_numbers_are_none_is_told_from_the_others():
@@ -396,12 +404,14 @@ def test_long_gradients_are_cut_for_each_seed_alone_and_their_norms_told():
     network = rl.SeededMLP([0, 1], [6, 5, 4])
     loss = network(torch.randn(2, 7, 4), torch.randn(2, 7, 2))[0].square().sum((1, 2))
     (loss * torch.tensor([1e-3, 1e3])).sum().backward()
-    before = network.flat.grad.clone()
-    expected = [float((before[s].double() ** 2).sum()) ** 0.5 for s in range(2)]
+    before = [part.grad.clone() for part in network.parts]
+    expected = [sum((own[s].double() ** 2).sum() for own in before) ** 0.5 for s in range(2)]
     assert expected[0] < 2 < expected[1]
-    assert rl.clip_gradients([network], 2.0).tolist() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(network.flat.grad[0], before[0])
-    torch.testing.assert_close(network.flat.grad[1], before[1] * 2 / expected[1])
+    norms = rl.clip_gradients(list(network.parameters()), 2.0)
+    assert norms.tolist() == pytest.approx(list(map(float, expected)), rel=1e-5)
+    for part, own in zip(network.parts, before):
+        assert torch.equal(part.grad[0], own[0])
+        torch.testing.assert_close(part.grad[1], own[1] * (2 / expected[1]).float())
 
 
 # ------------------------------------------------------------------------------- methods, options
