@@ -297,7 +297,7 @@ class ImagineArguments:
     novel_goals: int = setting(240, "novel goals a level")
     restate: bool = setting(True, "new words as known ones that the LLM finds")
     starts_per_goal: int = setting(12, "starts to imagine from a goal")
-    step_starts: int = setting(30, "the same for goals of one action")
+    step_starts: int = setting(24, "the same for goals of one action")
     temperatures: str = setting("1,1", "of sampling, by round of imagining")
     candidates: int = setting(8, "actions tried in mind at a step of later rounds")
     step_candidates: int = setting(40, "the same for goals of one action")

@@ -34,7 +34,7 @@ class EvaluateArguments:
 
     episodes: int = setting(120, "of a method, level and seed; words: half")
     episode_steps: int = setting(50, "actions in an episode at most")
-    curve_episodes: int = setting(10, "the same of policies on the way")
+    curve_episodes: int = setting(6, "the same of policies on the way")
     report_last: int = setting(1, "checkpoints to report the mean of")
 
     def __post_init__(self):

@@ -97,7 +97,10 @@ def replay(plans: Sequence[Sequence[int]]) -> env.Policy:
     played = np.zeros(len(plans), int)
 
     def policy(obs, rows):
-        actions = [plans[row][min(played[row], len(plans[row]) - 1)] for row in rows]
+        actions = []
+        for row in rows:
+            plan = plans[row]
+            actions.append(plan[min(played[row], len(plan) - 1)])
         played[rows] += 1
         return np.array(actions)
 

@@ -55,7 +55,10 @@ def restate(text: str, lexicon, of_words: Mapping[str, Tensor]) -> str:
     places = lexicon.places(text)
     words = list(dict.fromkeys(place[1] for place in places))
     said = text.lower().split()
-    free = [i for i, answer in enumerate(lexicon.answers) if answer not in said]
+    free = []
+    for i, answer in enumerate(lexicon.answers):
+        if answer not in said:
+            free.append(i)
 
     def likelihood(chosen):
         logs = [of_words[word][i] for word, i in zip(words, chosen)]

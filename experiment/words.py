@@ -112,16 +112,19 @@ def figures(world: env.World, asked: Sequence[Question], agents: Sequence[Values
     """
     right = {}
     for part, words, goals, obs in asked:
-        values = [of_agent(goals, obs) for of_agent in agents]
-        scores = [world.first_actions_right(part, goals, obs, own) for own in values]
+        scores = []
+        for of_agent in agents:
+            values = of_agent(goals, obs)
+            scores.append(world.first_actions_right(part, goals, obs, values))
         right.setdefault(part, {})[words] = np.array(scores)
     found = {}
     for part, of_kinds in right.items():
         of_kinds["gain"] = of_kinds["new"] - of_kinds["nonsense"]
         found[part] = {}
         for name, scores in of_kinds.items():
+            mean = float(scores.mean())
             each = np.arange(scores.shape[1]).astype(str)  # a goal has one start
-            found[part][name] = [float(scores.mean()), *interval([scores], [each])]
+            found[part][name] = [mean, *interval([scores], [each])]
     return found
 
 

@@ -11,6 +11,7 @@ from test_worlds import goals_of_kind, random_scenes, twin_success
 
 import env
 from data.rollouts import read_rollouts, write_rollouts
+from worlds import _clevr_robot_geometry as geometry
 from worlds import clevr_robot
 from worlds.clevr_robot import COLORS, DIRECTIONS
 
@@ -60,9 +61,9 @@ def test_judges_agree_with_the_brute_force_twin(world, kind, imagined, seed):
 def test_an_offset_belongs_to_exactly_one_direction_on_a_border_too(x, y, signs, border, axis):
     other = x if border else 0 if axis else y
     offset = np.array([x * signs[0], other * signs[1]])
-    assert clevr_robot.holds(offset, np.arange(4)).sum() == 1
-    too_far = offset / np.linalg.norm(offset) * clevr_robot.NEAR * 1.0001
-    assert not clevr_robot.holds(too_far, np.arange(4)).any()
+    assert geometry.holds(offset, np.arange(4)).sum() == 1
+    too_far = offset / np.linalg.norm(offset) * geometry.NEAR * 1.0001
+    assert not geometry.holds(too_far, np.arange(4)).any()
 
 
 @SOME

@@ -12,6 +12,7 @@ from conftest import rollout_record
 
 import env
 from env import Goal
+from worlds import _clevr_robot_geometry as geometry
 from worlds import _clevr_robot_picture as picture
 from worlds import clevr_robot
 from worlds.clevr_robot import COLORS
@@ -205,12 +206,12 @@ def test_success_agrees_with_plain_trigonometry(world, kind, imagined):
 
 def test_each_sector_owns_its_clockwise_edge_and_no_other():
     edges = np.array([(0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1)])  # of behind, left, ...
-    held = clevr_robot.holds(edges[:, None], np.arange(4))
+    held = geometry.holds(edges[:, None], np.arange(4))
     assert (held == np.eye(4, dtype=bool)).all()
     angles = np.linspace(0, 2 * np.pi, 1001)
     circle = 0.2 * np.stack([np.cos(angles), np.sin(angles)], -1)[:, None]
-    assert (clevr_robot.holds(circle, np.arange(4)).sum(1) == 1).all()
-    assert not clevr_robot.holds(2 * circle, np.arange(4)).any()
+    assert (geometry.holds(circle, np.arange(4)).sum(1) == 1).all()
+    assert not geometry.holds(2 * circle, np.arange(4)).any()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def fill_pattern(
 
     said: words for some slots instead of the usual ones.
     """
-    words = {"o": "ball", **dict(zip("abce", colors))}
+    words = {"o": "ball"}
+    words |= zip("abce", colors)
     names = {None: None, **words}
     for slot, direction in zip(("d", "d2", "d3"), directions):
         names[slot] = direction
@@ -46,7 +47,8 @@ def fill_pattern(
     relations = []
     for relation in pattern["relations"]:
         relations.append(tuple(names[name] for name in relation))
-    text = pattern["text"].format(**{**words, **(said or {})})
+    words |= said or {}
+    text = pattern["text"].format(**words)
     text = text[0].upper() + text[1:]
     return Goal(text, pattern["level"], pattern["kind"], tuple(relations))
 
@@ -64,7 +66,10 @@ def word_goals(part: str | None, words: str, split: str, n: int, rng) -> list[Go
 
     New and nonsense words for directions come in the same phrases, which alone tell nothing.
     """
-    pick = lambda items: items[rng.integers(len(items))]
+
+    def pick(items):
+        return items[rng.integers(len(items))]
+
     patterns = patterns_of(WORDS, split)
     lists = NEW_WORDS[split]
     goals = []
@@ -72,13 +77,18 @@ def word_goals(part: str | None, words: str, split: str, n: int, rng) -> list[Go
         a, b = (COLORS[ball] for ball in rng.permutation(5)[:2])
         direction = pick(DIRECTIONS)
         phrase = pick(lists["direction"])
-        new = {"a": pick(lists["ball"][a]), "b": pick(lists["ball"][b]), "o": pick(lists["noun"])}
-        new["d_of"] = phrase["phrase"].format(phrase[direction])
+        new = {
+            "a": pick(lists["ball"][a]),
+            "b": pick(lists["ball"][b]),
+            "o": pick(lists["noun"]),
+            "d_of": phrase["phrase"].format(phrase[direction]),
+        }
         nonsense = dict(zip(new, rng.permutation(NONSENSE).tolist()))
         nonsense["d_of"] = phrase["phrase"].format(nonsense["d_of"])
         said = {"new": new, "nonsense": nonsense, "known": {}}[words]
         slots = {"o"}
-        for name in (part,) if part else PARTS_IN_TURN[number % 3]:
+        named = (part,) if part else PARTS_IN_TURN[number % 3]
+        for name in named:
             slots.update(SLOTS[name])
         said = {slot: word for slot, word in said.items() if slot in slots}
         goals.append(fill_pattern(pick(patterns), (a, b), [direction], said))

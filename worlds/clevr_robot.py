@@ -18,18 +18,30 @@ import numpy as np
 
 from env import UNJUDGED, WORDS, Goal, World
 from worlds import _clevr_robot_sentences as sentences
+from worlds._clevr_robot_geometry import (
+    DIRECTION_VECTORS,
+    PUSH_VECTORS,
+    REACH_HIGH,
+    REACH_LOW,
+    UNIT_PUSHES,
+    beyond_walls,
+    crowding,
+    dot,
+    holds,
+    length,
+    path_around,
+    positions,
+    relations_in,
+)
 from worlds._clevr_robot_picture import draw_table
 from worlds._clevr_robot_sentences import COLORS, DIRECTIONS
 
 Array = np.ndarray
-DIRECTION_VECTORS = np.array([(0, 1), (-1, 0), (0, -1), (1, 0)], float)  # behind: from the viewer
-STRAIGHT_PUSHES = [(1, 0), (0, 1), (-1, 0), (0, -1)]
-DIAGONAL_PUSHES = [(0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8)]
-PUSH_VECTORS = np.array(STRAIGHT_PUSHES + DIAGONAL_PUSHES)
-UNIT_PUSHES = PUSH_VECTORS / np.linalg.norm(PUSH_VECTORS, axis=1, keepdims=True)
 KINDS = ("relation", "step", "relations", "line", "gather")
 RELATION_COUNTS = {"relation": (1,), "step": (1,), "relations": (2, 3)}  # others have none
-INDEX = {None: -1, **dict(zip(COLORS, range(5))), **dict(zip(DIRECTIONS, range(4)))}
+INDEX = {None: -1}  # of the names in a relation
+INDEX |= zip(COLORS, range(5))
+INDEX |= zip(DIRECTIONS, range(4))
 
 START_HEIGHT = -0.195
 START_SPACING = 0.36  # least distance of two ball centres at the start
@@ -37,10 +49,7 @@ PUSH_OFFSET = 0.15  # the point mass starts this far behind the ball, against th
 PHYSICS_STEPS = 40  # of 0.01 s for one action
 TABLE_LOW = np.array((-0.6, -0.3))
 TABLE_HIGH = np.array((0.6, 0.7))
-REACH_LOW = np.array((-0.47, -0.17))  # where a ball's centre can be, between the walls
-REACH_HIGH = np.array((0.47, 0.57))
 LARGEST_MOVE = 0.43  # metres in one action; random play reaches .42 in 100,000 (docs/log.md)
-NEAR = 0.39 + 0.001  # a relation holds up to this distance, with the judge's tolerance
 TARGET_DISTANCE = 0.195  # the reward pays for the way to a point this far beside the other ball
 GATHER_RADIUS = 0.325
 LINE_ANGLE = np.radians(30)
@@ -81,7 +90,8 @@ def available_threads() -> int:
 
 def check_batch(states: Array, actions: Array) -> None:
     """Raise ValueError for wrong shapes, unknown actions and states that are not finite."""
-    if states.shape != (len(states), 69) or actions.shape != states.shape[:1]:
+    count = len(states)
+    if states.shape != (count, 69) or actions.shape != (count,):
         shapes = f"{states.shape}, {actions.shape}"
         raise ValueError(f"step_batch takes states (B, 69) and actions (B,), got {shapes}")
     if ((actions < 0) | (actions >= 40)).any():
@@ -91,94 +101,22 @@ def check_batch(states: Array, actions: Array) -> None:
         raise ValueError(f"state {finite.argmin()} of the batch has NaN or infinite values")
 
 
-# ----------------------------------------------------------------------------------------------
-# Where balls are and should be: points (..., 2) in metres
-
-
-def positions(obs: Array) -> Array:
-    """Observations (B, 10) as x, y of each ball: (B, 5, 2) float64."""
-    return np.asarray(obs, np.float64).reshape(-1, 5, 2)
-
-
-def length(vectors: Array) -> Array:
-    """(..., 2) -> (...)."""
-    return np.linalg.norm(vectors, axis=-1)
-
-
-def dot(a: Array, b: Array) -> Array:
-    """Products of vectors, (..., 2) -> (...)."""
-    return (a * b).sum(-1)
-
-
-def holds(offsets: Array, direction: Array) -> Array:
-    """Whether offsets (..., 2) between two balls fulfil a direction (...): near, and in its 90°.
-
-    Of a sector's two edges the clockwise one belongs to it: each angle lies in exactly one sector.
-    """
-    x = offsets[..., 0]
-    y = offsets[..., 1]
-    toward = DIRECTION_VECTORS[direction]
-    along = x * toward[..., 0] + y * toward[..., 1]
-    leftward = y * toward[..., 0] - x * toward[..., 1]
-    in_sector = (along + leftward >= 0) & (along > leftward)
-    return in_sector & (length(offsets) < NEAR)
-
-
-def relations_in(obs: Array) -> Array:
-    """All relations that hold in observations (N, 10): (M, 4) of row, ball, other, direction."""
-    balls = obs.reshape(-1, 5, 1, 1, 2)
-    offsets = balls - balls.swapaxes(1, 2)
-    return np.argwhere(holds(offsets, np.arange(4)))
-
-
-def distance_to_segment(start: Array, end: Array, point: Array) -> Array:
-    """Distance of points from the segments between start and end."""
-    segment = end - start
-    squared_length = np.maximum(dot(segment, segment), 1e-9)
-    along = dot(point - start, segment) / squared_length
-    nearest = start + np.clip(along, 0, 1)[..., None] * segment
-    return length(nearest - point)
-
-
-def path_around(start: Array, end: Array, center: Array, radius: float) -> Array:
-    """Length of the shortest path from start to end that stays out of a circle."""
-    straight = length(end - start)
-    blocked = distance_to_segment(start, end, center) < radius
-    ends = np.array(np.broadcast_arrays(start - center, end - center))
-    distance = length(ends)
-    cosine = dot(*ends) / np.maximum(distance.prod(0), 1e-9)
-    angle = np.arccos(np.clip(cosine, -1, 1))  # between the ends, seen from the centre
-    tangent_angles = np.arccos(np.minimum(radius / np.maximum(distance, 1e-9), 1))
-    tangents = np.sqrt(np.maximum(distance**2 - radius**2, 0))
-    arc = radius * np.maximum(angle - tangent_angles.sum(0), 0)
-    return np.where(blocked, tangents.sum(0) + arc, straight)
-
-
-def beyond_walls(xy: Array) -> Array:
-    """How far points are from where a ball's centre can be."""
-    return length(xy - np.clip(xy, REACH_LOW, REACH_HIGH))
-
-
-def crowding(xy: Array, ball: Array, start: Array, end: Array) -> Array:
-    """Cost (B, 8) of pushing ball (B,) from start (B, 1, 2) to end (B, 8, 2): others, walls."""
-    distance = distance_to_segment(start[:, :, None], end[:, :, None], xy[:, None])
-    distance[np.arange(len(xy)), :, ball] = np.inf
-    return 0.05 * np.clip(1 - distance / 0.24, 0, 1).sum(-1) + beyond_walls(end)
-
-
 def rename_balls(record: dict, order: Array) -> dict:
     """The same rollout where ball i has the name of ball order[i]; `states` are dropped."""
-    names = {color: COLORS[new] for color, new in zip(COLORS, order)}
+    names = {}
+    for color, new in zip(COLORS, order):
+        names[color] = COLORS[new]
     relations = []
     for relation in record["relations"]:
         relations.append([names.get(name, name) for name in relation])
     balls = record["observations"].reshape(-1, 5, 2)
+    renamed_balls = balls[:, np.argsort(order)]
     ball, push = np.divmod(record["actions"], 8)
     return {
         **record,
         "goal": sentences.renamed(record["goal"], names),
         "relations": relations,
-        "observations": balls[:, np.argsort(order)].reshape(-1, 10),
+        "observations": renamed_balls.reshape(-1, 10),
         "actions": order[ball] * 8 + push,
         "states": None,
     }
@@ -207,8 +145,8 @@ class ClevrRobot(World):
         check_batch(states, actions)
         if len(actions) == 0:
             return states.copy()
-        ball = actions // 8
-        push = PUSH_VECTORS[actions % 8]
+        ball, push = np.divmod(actions, 8)
+        push = PUSH_VECTORS[push]
         starts = states.copy()
         ball_xy = np.take_along_axis(states, BALL_XY[ball], 1)
         starts[:, MASS_XY] = ball_xy - PUSH_OFFSET * push
@@ -229,7 +167,8 @@ class ClevrRobot(World):
 
     def state_from_observation(self, obs) -> Array:
         """A state at rest with the balls where obs has them."""
-        state = np.zeros((*np.shape(obs)[:-1], self.state_dim))
+        rows = np.shape(obs)[:-1]
+        state = np.zeros((*rows, self.state_dim))
         state[..., BALL_XY.ravel()] = obs
         state[..., 2:35:7] = START_HEIGHT
         state[..., 3:35:7] = 1  # the quaternion of no rotation
@@ -240,8 +179,9 @@ class ClevrRobot(World):
         found = []
         while len(found) < n:
             xy = rng.uniform((-0.5, -0.3), (0.5, 0.5), (512, 5, 2))
-            distance = length(xy[:, :, None] - xy[:, None]) + np.eye(5)
-            found.extend(xy[(distance >= START_SPACING).all((1, 2))])
+            distance = length(xy[:, :, None] - xy[:, None]) + np.eye(5)  # none is near itself
+            is_spaced = (distance >= START_SPACING).all((1, 2))
+            found.extend(xy[is_spaced])
         return self.state_from_observation(np.array(found[:n]).reshape(n, 10))
 
     # Goals
@@ -275,8 +215,10 @@ class ClevrRobot(World):
             return (moved == encoded[:, 1:3]).any(1).astype(float)
         asked = np.repeat(encoded, 4, 0)
         asked[:, 3] = np.tile(np.arange(4), len(encoded))
-        actions = self.expert_actions(asked, np.repeat(obs, 4, 0)).reshape(-1, 4)
-        all_differ = (np.diff(np.sort(actions, 1), axis=1) > 0).all(1)
+        seen = np.repeat(obs, 4, 0)
+        actions = self.expert_actions(asked, seen).reshape(-1, 4)
+        in_order = np.sort(actions, 1)
+        all_differ = (np.diff(in_order, axis=1) > 0).all(1)
         preferred = np.take_along_axis(values, actions, 1).argmax(1)
         return np.where(all_differ, preferred == encoded[:, 3], np.nan)
 
@@ -293,7 +235,8 @@ class ClevrRobot(World):
             relation = sentences.named_relation(text)
         else:
             code = np.asarray(code)
-            if code.shape != (len(code), 6) or len(code) == 0 or (code != code[:1]).any():
+            is_code = len(code) > 0 and code.shape == (len(code), 6)
+            if not is_code or (code != code[0]).any():
                 wanted = "6 numbers, the same at each step"
                 raise ValueError(f"goals must be {wanted}, got shape {code.shape}")
             relation = sentences.coded_relation(code[0].tolist())
@@ -330,10 +273,12 @@ class ClevrRobot(World):
         if isinstance(goals, np.ndarray):
             return goals
         encoded = np.full((len(goals), 10), -1)
+        kinds = (*KINDS, UNJUDGED)
         for row, goal in zip(encoded, goals):
-            row[0] = (*KINDS, UNJUDGED).index(goal.kind)
-            indices = [INDEX[name] for name in itertools.chain(*goal.relations)]
-            row[1 : 1 + len(indices)] = indices
+            row[0] = kinds.index(goal.kind)
+            names = itertools.chain(*goal.relations)
+            for column, name in enumerate(names, 1):
+                row[column] = INDEX[name]
         return encoded
 
     def one_step(self, goals) -> Array:
@@ -360,9 +305,11 @@ class ClevrRobot(World):
         stated = [goal_of_sentence.get(text.strip(), unread) for text in explanations]
         stated = self.encode_goals(stated)
         right = (stated == self.encode_goals(goals)) & (stated >= 0)
-        parts = dict(zip(("source", "target", "direction"), right[:, 1:4].T))
-        exact = right[:, 1:4].all(1)
-        return {**parts, "exact": exact, "holds": self.fulfilled(stated, final_obs)}
+        right = right[:, 1:4]
+        scores = dict(zip(("source", "target", "direction"), right.T))
+        scores["exact"] = right.all(1)
+        scores["holds"] = self.fulfilled(stated, final_obs)
+        return scores
 
     def explanation_fits(self, goal_text: str, explanation: str) -> bool:
         """Its balls are among those that the goal names, or the only one of the goal is named."""
@@ -379,7 +326,8 @@ class ClevrRobot(World):
         described = []
         for row, ball, other, direction in relations[drawn].tolist():
             names = (COLORS[ball], COLORS[other], DIRECTIONS[direction])
-            balls, side = sentences.canonical_sentence(*names).split(",")
+            sentence = sentences.canonical_sentence(*names)
+            balls, side = sentence.split(",")
             described.append((row, f" {balls},", side))
         return described
 
@@ -390,21 +338,26 @@ class ClevrRobot(World):
         encoded = np.broadcast_to(self.encode_goals(goals), (len(xy), 10))
         ball, other, direction = encoded[:, 1:].reshape(-1, 3, 3).transpose(2, 0, 1)
         row = np.arange(len(xy))[:, None]
-        return encoded[:, 0], ball, direction, xy[row, ball] - xy[row, other]
+        offset = xy[row, ball] - xy[row, other]
+        return encoded[:, 0], ball, direction, offset
 
     def success(self, goals, obs, next_obs, actions, imagined: bool = False) -> Array:
         """Steps are judged by the push, and imagined also by the movement; others by next_obs."""
         xy = positions(next_obs)
+        rows = np.arange(len(xy))
         kind, ball, direction, offset = self._read(goals, xy)
         related = (holds(offset, direction) | (ball < 0)).all(1)
         pushed, push = np.divmod(actions, 8)
+        first = ball[:, 0]
         way = DIRECTION_VECTORS[direction[:, 0]]
-        stepped = (pushed == ball[:, 0]) & (dot(PUSH_VECTORS[push], way) > 0)
+        goes_there = dot(PUSH_VECTORS[push], way) > 0
+        stepped = (pushed == first) & goes_there
         if imagined:
-            moves = (xy - positions(obs))[np.arange(len(xy)), ball[:, 0]]
-            stepped &= dot(moves, way) >= MOVED
+            moves = xy - positions(obs)
+            stepped &= dot(moves[rows, first], way) >= MOVED
         gap = np.diff(xy, axis=1)
-        lined = (np.abs(np.arctan2(gap[..., 1], gap[..., 0])) <= LINE_ANGLE).all(1)
+        slope = np.arctan2(gap[..., 1], gap[..., 0])
+        lined = (np.abs(slope) <= LINE_ANGLE).all(1)
         from_green = length(xy - xy[:, [GREEN]])
         gathered = (from_green <= GATHER_RADIUS).all(1)
         never = np.zeros(len(xy), bool)
@@ -421,15 +374,20 @@ class ClevrRobot(World):
         way = DIRECTION_VECTORS[direction]
         missing = length(offset - TARGET_DISTANCE * way)
         related = np.where(ball < 0, 0, missing).sum(1)
-        step = -dot(xy[np.arange(len(xy)), ball[:, 0]], way[:, 0])
-        line = length(np.diff(xy, axis=1) - (TARGET_DISTANCE, 0)).sum(1)
-        gather = length(xy - xy[:, [GREEN]]).sum(1)
-        return np.choose(kind, [related, step, related, line, gather, np.zeros(len(xy))])
+        first_ball = xy[np.arange(len(xy)), ball[:, 0]]
+        step = -dot(first_ball, way[:, 0])
+        gap = np.diff(xy, axis=1)
+        line = length(gap - (TARGET_DISTANCE, 0)).sum(1)
+        from_green = length(xy - xy[:, [GREEN]])
+        gather = from_green.sum(1)
+        never = np.zeros(len(xy))
+        return np.choose(kind, [related, step, related, line, gather, never])
 
     def plausibility(self, obs, next_obs) -> dict[str, float]:
         """Rates of transitions that leave the table, and that no push can make."""
         balls = next_obs.reshape(-1, 5, 2)
-        moves = length(balls - obs.reshape(-1, 5, 2))
+        before = obs.reshape(-1, 5, 2)
+        moves = length(balls - before)
         off_table = ((balls < TABLE_LOW) | (balls > TABLE_HIGH)).any((1, 2))
         too_far = (moves > LARGEST_MOVE).any(1)
         return {"off_table": float(off_table.mean()), "beyond_dynamics": float(too_far.mean())}
@@ -456,9 +414,12 @@ class ClevrRobot(World):
         b_next = b + 0.2 * UNIT_PUSHES
         target = b_next + beside
         path = path_around(a, np.clip(target, REACH_LOW, REACH_HIGH), b_next, 0.27)
-        cost = 2 * beyond_walls(target) + crowding(xy, other, b, b_next) + 0.5 * path
-        push_b = cost.argmin(1)
-        return np.where(cornered.any((1, 2)), other * 8 + push_b, ball * 8 + push_a)
+        in_the_way = 2 * beyond_walls(target) + crowding(xy, other, b, b_next)
+        push_b = (in_the_way + 0.5 * path).argmin(1)
+
+        action_a = ball * 8 + push_a
+        action_b = other * 8 + push_b
+        return np.where(cornered.any((1, 2)), action_b, action_a)
 
     # Symmetry, words and pictures
 
@@ -492,8 +453,9 @@ class ClevrRobot(World):
         if action is None:
             return draw_table(balls, None, size)
         ball, push = divmod(action, 8)
-        arrow = (balls[ball] - 0.28 * UNIT_PUSHES[push], balls[ball] - 0.13 * UNIT_PUSHES[push])
-        return draw_table(balls, arrow, size)
+        tail = balls[ball] - 0.28 * UNIT_PUSHES[push]
+        head = balls[ball] - 0.13 * UNIT_PUSHES[push]
+        return draw_table(balls, (tail, head), size)
 
 
 WORLD = ClevrRobot
