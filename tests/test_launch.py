@@ -72,6 +72,7 @@ def test_an_error_of_all_workers_is_said_once_with_its_exit_code(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (9, -9)])
 def test_workers_end_with_the_command_that_started_them(tmp_path, number, code):
     arguments = ["--processes", "2", "--scale", "smoke", "--output_dir", str(tmp_path / "run")]
+    arguments += ["--stage", "collect", "ground"]
     command = [sys.executable, str(ROOT / "kalm.py"), *arguments]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     workers = []

@@ -107,7 +107,7 @@ def test_the_estimate_is_near_what_grounding_takes(tmp_path, width, layers):
     for lora_rank in (0, 32):
         options = ("--lora_rank", lora_rank)
         script = [sys.executable, ROOT / "tests" / "peak_memory.py", tmp_path, width, layers]
-        command = [*map(str, (*script, *options, "--per_device_train_batch_size", 24))]
+        command = [*map(str, (*script, *options, "--per_device_train_batch_size", 12))]
         output = {"capture_output": True, "encoding": "utf-8"}
         done = subprocess.run(command, **output, timeout=600, env=gives_back)
         assert done.returncode == 0, done.stderr
