@@ -35,6 +35,8 @@ HALF = ["--starts_per_goal", "6", "--step_starts", "12"]
 CHOOSING = ["--split", "validation", "--methods", "bc,bc+relabel,bc+kalm,bc+both", "--seeds", "2"]
 CHOOSING += ["--self_check", "true", *HALF]
 ONLY_KALM = ["--methods", "bc+kalm"]
+SECOND_SEED = ["--seed", "1", "--adapter", "none", "--max_steps", "1200"]
+SECOND_SEED += ["--methods", "bc,bc+relabel,bc+kalm,bc+both,llm"]
 NO_JUDGE = ["--keep", "all", "--methods", "bc,bc+kalm"]
 NO_CANDIDATES = ["--candidates", "1", "--step_candidates", "1", "--self_check", "false"]
 TASKS = ("dynamics", "explanation", "generation", "consequence")
@@ -54,6 +56,7 @@ LEARNED = ["learn", "evaluate"]
 RUNS = {  # name: (parent, options, stages)
     "main": (None, ["--scale", "cpu"], ["all"]),
     "main, all kept": ("main", NO_JUDGE, LEARNED),
+    "main, seed 1": ("main", SECOND_SEED, ["all"]),
     "brief": ("main", BRIEF, ["collect", *GROUNDED]),
     "brief, half fresh": ("brief", ["--fresh_layers", "2"], GROUNDED),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], GROUNDED),
@@ -207,7 +210,7 @@ def in_words(figure: tuple[float, float, float]) -> str:
     return f"{number(mean)} ({number(low, 2)}, {number(high, 2)})"
 
 
-def success_rows(results: dict, without_judge: dict | None) -> list[list]:
+def success_rows(results: dict, without_judge: dict | None = None) -> list[list]:
     """Rows of the methods, then of what is learned from all that was imagined, if that was tried,
     beside its opponent, which learns from real data alone.
     """
@@ -403,6 +406,7 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     checks = load(runs, "validation", "quality.json")
     brief = load(runs, "brief", "quality.json")
     without_judge = load(runs, "main, all kept", "results.json")
+    again = load(runs, "main, seed 1", "results.json")
     growth = folder.read_json(ROOT / "docs" / "growth.json")
     curves_svg = report.curves_figure(metrics["log"], curves)
     (docs / "curves.svg").write_text(curves_svg, encoding="utf-8")
@@ -433,6 +437,10 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
             training=training,
             last=table(["at the end / last checkpoints", *columns], last_rows(results)),
             words=table(["first action right", *word_columns], words_rows(results)),
+            again=table(["success rate", *columns], success_rows(again) if again else []),
+            again_words=table(
+                ["first action right", *word_columns], words_rows(again) if again else []
+            ),
             quality=table(["imagined rollouts", *LEVELS], quality_rows(quality, IMAGINED)),
             checks=table(
                 ["imagined rollouts", *LEVELS], quality_rows(checks, CHECKED) if checks else []
