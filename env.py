@@ -19,7 +19,6 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 WORDS = "words"  # ours: in words that no other goal has, and heard only when all is learned
 LEVELS = ("offline", "rephrase", "easy", "hard", WORDS)  # paper, section 4.2
@@ -342,13 +341,11 @@ def run_episodes(
     goals: Sequence[Goal],
     states: ndarray,
     max_steps: int | None = None,
-    description: str | None = None,
 ) -> list[dict]:
     """Act in the world, all episodes in lockstep, each until its success or max_steps.
 
     policy(obs, rows): actions for observations (b, D) of the episodes `rows` (b,), those that still
-    run. states: (B, state_dim) starts. One-step goals last one action. description: of a progress
-    bar. Returns B rollout records.
+    run. states: (B, state_dim) starts. One-step goals last one action. Returns B rollout records.
     """
     encoded = world.encode_goals(goals)
     one_step = world.one_step(encoded)
@@ -357,7 +354,7 @@ def run_episodes(
     actions = [[] for _ in paths]
     running = np.arange(len(paths))
     steps = range(world.max_steps if max_steps is None else max_steps)
-    for _ in tqdm(steps, desc=description, disable=description is None, leave=False):
+    for _ in steps:
         if len(running) == 0:
             break
         before = world.observe(current[running])

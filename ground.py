@@ -74,7 +74,9 @@ class GroundingArguments(transformers.TrainingArguments):
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.run_name = self.run_name or "grounding"
         self.adapter = absolute(self.adapter, "none", "released")
-        self.per_device_train_batch_size //= cpu_workers()  # which are one device together
+        at_least(1, self, "per_device_train_batch_size")
+        each = self.per_device_train_batch_size // cpu_workers()  # which are one device together
+        self.per_device_train_batch_size = max(1, each)
         self.remove_unused_columns = False  # examples are what the model takes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.deepspeed:
@@ -83,7 +85,7 @@ class GroundingArguments(transformers.TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)  # without a launcher one GPU works, not DataParallel
         at_least(0, self, "keep_layers", "fresh_layers", "lora_rank", "num_train_epochs", "seed")
         at_least(0, self, "learning_rate", "new_learning_rate", "embedding_scale")
-        at_least(1, self, "per_device_train_batch_size", "renamed_copies")
+        at_least(1, self, "renamed_copies")
         tasks = self.task_names
         if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
             raise ValueError(f"--tasks takes {', '.join(TASKS)}, each once, got {self.tasks!r}")
@@ -124,11 +126,13 @@ class GroundingArguments(transformers.TrainingArguments):
             return {name: getattr(self, name) for name in names}
         values = self.to_dict()
         values["per_device_train_batch_size"] *= cpu_workers()
+        if self.data_seed == self.seed:
+            del values["data_seed"]  # which the run records
         del values["num_train_epochs" if self.max_steps > 0 else "max_steps"]  # says nothing
         recorded = {name: values.get(name) for name in TRAINING_SETTINGS}
         return {name: value for name, value in recorded.items() if value not in ("", None)}
 
-    def inputs(self) -> dict[str, list[str]]:
+    def inputs(self) -> dict[str, str]:
         """An adapter counts by its weights."""
         return {"adapter": adapter_hash(self.adapter)} if self.adapter != "none" else {}
 
@@ -148,7 +152,7 @@ lora_targets load_in_4bit adapter tasks renamed_copies embedding_scale learning_
 new_learning_rate max_steps num_train_epochs lr_scheduler_type lr_scheduler_kwargs warmup_steps
 per_device_train_batch_size optim gradient_accumulation_steps optim_args optim_target_modules
 weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha
-dataloader_drop_last auto_find_batch_size""".split()
+dataloader_drop_last auto_find_batch_size data_seed""".split()
 
 # ----------------------------------------------------------------------------------------------
 # Training
@@ -159,7 +163,7 @@ class GroundingTrainer(transformers.Trainer):
     log, figures of held-out rollouts as its evaluation, and no step on a loss that is NaN.
     """
 
-    def __init__(self, *args, world: env.World, held_out: Sequence[dict], measure, **kwargs):
+    def __init__(self, *args, world: env.World, measure, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -169,7 +173,6 @@ class GroundingTrainer(transformers.Trainer):
                 policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
                 plugin.mixed_precision_policy = policy
         self.world = world
-        self.held_out = held_out
         self.measure = measure
         self.loss_parts = collections.defaultdict(list)
 
@@ -243,7 +246,7 @@ class GroundingTrainer(transformers.Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
         """Figures of the held-out rollouts, the same whatever the number of processes."""
-        rollouts = eval_dataset or self.held_out
+        rollouts = eval_dataset or self.eval_dataset
         batch_size = self.args.per_device_eval_batch_size
         with self.accelerator.autocast():
             figures = self.measure(
@@ -288,7 +291,6 @@ def train(
         processing_class=tokenizer,
         callbacks=[LogLines(log_path)],
         world=world,
-        held_out=held_out,
         measure=measure or held_out_figures,
     )
     checkpoint = settings.resume_from_checkpoint or last_checkpoint(work)

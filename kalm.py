@@ -45,13 +45,14 @@ import rollout
 from data import formats, grounded, llm
 from data.rollouts import write_rollouts
 from data.sources import by_source, kept_rollouts
+from data.transitions import Buffer, GoalTable
 from experiment import card, command, episode, launch, logs, memory, quality, report, words
 from experiment.evaluation import EvaluateArguments, Evaluation, play_llm, read_policy, trials
 from experiment.grounding import figures_on_the_way, grounding_figures, longer_log
 from experiment.processes import in_batches
 from experiment.report import ReportArguments
 from experiment.run import Run
-from experiment.settings import SettingsParser, absolute, at_least, help_text, parse, setting
+from experiment.settings import SettingsParser, absolute, at_least, help_text, is_on, parse, setting
 from experiment.stages import Plan, Stage, do
 from experiment.world_check import check_world
 from ground import GroundingArguments
@@ -180,11 +181,12 @@ def ground_llm(run: Run, settings: GroundingArguments, work: Path) -> None:
     weights = grounded.weights_of(model)
     if not PartialState().is_main_process:
         return
+    source = "" if settings.adapter == "none" else settings.adapter
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     facts = {
         "llm": run.llm, "world": run.world.name, "data": own_data, "seed": run.seed, "steps": steps,
         "rollouts": (len(real), len(held_out)), "tasks": settings.task_names, "batch_size": batch,
-        "adapter": settings.adapter.replace("none", ""), **card.sizes(model.config),
+        "adapter": source, **card.sizes(model.config),
     }  # fmt: skip
     with folder.replacing(run.folder / "grounded") as aside:
         model.save_pretrained(aside, state_dict=weights)
@@ -272,8 +274,8 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     others += [record["goal"] for record in held_out]
     encoder = run.load_encoder(settings.encoder, settings.encoder_layers)
     with run.autocast():
-        table = rl.GoalTable.encode(trained_texts, others, *encoder, shared=True)
-    buffer = rl.Buffer(real, table, state.device)
+        table = GoalTable.encode(trained_texts, others, *encoder, shared=True)
+    buffer = Buffer(real, table, state.device)
     config = settings.config(run.world.observation_scale, run.dtype == torch.bfloat16)
     seeds = [run.seed + number for number in range(settings.seeds)]
     methods = settings.learned_methods
@@ -282,7 +284,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
         extra = []
         for records in sources[rl.source_of(method)].values():
             options = (settings.balance_goals, settings.dynamics_tolerance)
-            extra.append(rl.Buffer(records, table, state.device, *options))
+            extra.append(Buffer(records, table, state.device, *options))
         extra = [imaginary for imaginary in extra if len(imaginary)]
         files = {step: work / settings.policy_file(method, step) for step in settings.checkpoints}
         with logs.curve(run.folder / "logs", f"rl_{method}", run.trackers) as log:
@@ -359,7 +361,7 @@ def write_report(run: Run, settings: ReportArguments, work: Path) -> None:
         return
     results = report.write(run.folder, run.world, run.imagined_rollouts())
     if settings.kinds:
-        table = rl.GoalTable.load(run.folder / "policies" / "goals.safetensors")
+        table = GoalTable.load(run.folder / "policies" / "goals.safetensors")
         formats.export(run.folder, settings.kinds, run.world, table.of_texts)
     print("\n".join(["", *report.results_table(results), ""]))
     print(f"rates of {report.most_episodes(results)} episodes (llm, dt: one seed); see report.html")
@@ -406,7 +408,9 @@ STAGES = {  # function, what it reads and writes, settings of the run that it fo
     "imagine": Stage(imagine, ("collect", "ground"), IMAGINED),
     "learn": Stage(learn, ("collect", "imagine"), ("policies",), OF_RUN),
     "evaluate": Stage(evaluate, ("collect", "ground", "imagine", "learn"), ("results.json",)),
-    "report": Stage(write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html",)),
+    "report": Stage(
+        write_report, ("ground", "imagine", "learn", "evaluate"), ("report.html", "export")
+    ),
     "act": Stage(act, ("ground", "imagine", "learn")),
 }
 
@@ -423,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_command(arguments, stages_begun.append)
     except Exception as error:
-        if "--traceback" in arguments:
+        if is_on(SettingsParser(CLASSES).all_given(arguments), "traceback"):
             raise
         sentence = str(error)
         if not isinstance(error, (ValueError, FloatingPointError, OSError)):
@@ -463,7 +467,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
     of_run |= command.hashes(shared)
     plan = Plan(manifest, STAGES, shared.names(STAGES), of_stages, of_run, shared.force)
     plan.check(set(given) - {"methods"} if acts else given)  # who acts is chosen anew
-    command.check(plan.names, world, shared, grounding, imagining, learning)
+    command.check(plan.names, world, shared, grounding, imagining, learning, given)
     if "collect" in plan.names and collecting.data:
         formats.read_offline(collecting.data, world, seed)
     if "learn" in plan.names:
@@ -488,7 +492,7 @@ def run_command(arguments: list[str], begins: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    count = launch.workers(SettingsParser(CLASSES).given(sys.argv[1:]))
+    count = launch.workers(SettingsParser(CLASSES).all_given(sys.argv[1:]))
     if count > 1 and not HELP & set(sys.argv):
         sys.exit(launch.start(sys.argv[0], sys.argv[1:], count))
     launch.stop_with_launcher()

@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -108,7 +107,6 @@ class KalmOutput(ModelOutput):
     state_pred: Tensor | None = None
     action_logits: Tensor | None = None
     logits: Tensor | None = None
-    cache: Cache | None = None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -278,12 +276,9 @@ class KalmForRollouts(PreTrainedModel):
         modality: Tensor,
         states: Tensor,
         segments: Tensor | None = None,
-        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         predict: Tensor | None = None,
         task: Tensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool = False,
         text_logits: int | None = 0,
     ) -> KalmOutput:
         """Run an interleaved sequence of text, states and actions.
@@ -291,25 +286,22 @@ class KalmForRollouts(PreTrainedModel):
         input_ids: (B, L) int64, the token or action index of each position (0 at states).
         modality: (B, L) int64 of TEXT, STATE, ACTION or PAD.
         states: (B, L, observation_dim), at a state its numbers, at an action those before it.
-        segments: (B, L), see `segment_mask`; or attention_mask: (B, past + L), 0 at padding, as in
-        transformers.
+        segments: (B, L), see `segment_mask`; None: causal attention alone.
         position_ids: (B, L); segments that share a prompt all go on where it ends.
         predict: (B, L) bool, the positions to be predicted from the position before; gives `loss`.
         task: (B, L) int64 index into TASKS, for the losses by task.
         text_logits: the last so many positions also get `logits`, which are costly; None: all.
         """
         embeddings = self.embed(input_ids, modality, states)
-        if segments is not None:
-            attention_mask = segment_mask(segments, embeddings.dtype)
+        mask = None if segments is None else segment_mask(segments, embeddings.dtype)
         out = self.backbone.base_model(
             inputs_embeds=embeddings,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
+            use_cache=False,
         )
         hidden = out.last_hidden_state
-        result = KalmOutput(cache=out.cache if use_cache else None)
+        result = KalmOutput()
         if text_logits != 0:
             result.logits = self.word_logits(hidden[:, -text_logits:] if text_logits else hidden)
         result.action_logits = self.action_logits(hidden)

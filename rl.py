@@ -19,9 +19,9 @@ from torch import Generator, Tensor, nn
 from tqdm import trange
 
 import env
-from data import finite
+from data import finite, llm
 from data.policies import save_policy
-from data.transitions import Batch, Batches, Buffer, GoalTable, encode_texts  # noqa: F401
+from data.transitions import Batch, Batches, Buffer
 from experiment import folder
 from experiment.settings import absolute, at_least, check_name, setting
 
@@ -299,6 +299,11 @@ class LearnArguments:
                 f"--rl_batch / --rl_of_goal * --imaginary_share is {imaginary} of a batch's goals, "
                 f"for {sources} sources (levels, twice in +both); raise one or lower --rl_of_goal"
             )
+
+    def inputs(self) -> dict[str, str]:
+        """An encoder in a folder counts by its weights."""
+        is_here = self.encoder != "llm" and Path(self.encoder).exists()
+        return {"encoder": llm.fingerprint(self.encoder)} if is_here else {}
 
     @property
     def method_list(self) -> list[str]:

@@ -72,7 +72,8 @@ class GoalTable:
         texts = list(dict.fromkeys([*training_texts, *novel_texts]))
         encodings = encode_texts(texts, model, tokenizer, shared=shared)
         known = encodings[: len(set(training_texts))]
-        scale = torch.stack([known.mean(0), known.std(0) + 1e-6])
+        deviation = known.std(0) if len(known) > 1 else torch.ones_like(known[0])
+        scale = torch.stack([known.mean(0), deviation + 1e-6])
         return cls(texts, (encodings - scale[0]) / scale[1], scale)
 
     def with_texts(self, texts: Sequence[str], model, tokenizer, shared=False) -> "GoalTable":

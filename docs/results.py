@@ -21,7 +21,7 @@ import kalm
 from data.rollouts import read_rollouts
 from env import LEVELS
 from experiment import episode, folder, intervals, report
-from experiment.quality import replay
+from experiment.quality import played_in_world
 from experiment.stages import Plan
 
 # ----------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ HALF = ["--starts_per_goal", "6", "--step_starts", "12"]
 CHOOSING = ["--split", "validation", "--methods", "bc,bc+relabel,bc+kalm,bc+both", "--seeds", "2"]
 CHOOSING += ["--self_check", "true", *HALF]
 ONLY_KALM = ["--methods", "bc+kalm"]
-SECOND_SEED = ["--seed", "1", "--adapter", "none", "--max_steps", "1200"]
+SECOND_SEED = ["--seed", "1", "--adapter", "none", "--max_steps", "1000"]
 SECOND_SEED += ["--methods", "bc,bc+relabel,bc+kalm,bc+both,llm"]
 NO_JUDGE = ["--keep", "all", "--methods", "bc,bc+kalm"]
 NO_CANDIDATES = ["--candidates", "1", "--step_candidates", "1", "--self_check", "false"]
@@ -379,10 +379,7 @@ def write_picture(runs: Path, path: Path) -> None:
         actions = imagined["actions"]
         if not imagined["success"] or not 5 <= len(actions) <= 8:
             continue
-        start = world.state_from_observation(imagined["observations"][:1])
-        plan = replay([actions])
-        goals = [env.goal_of(imagined)]
-        (played,) = env.run_episodes(world, plan, goals, start, len(actions))
+        played = played_in_world(world, imagined)
         if played["success"] and len(played["actions"]) == len(actions):
             captions = ("imagined", "executed")
             episode.save_gif(path, world, imagined, played, captions=captions, frame_ms=450)

@@ -22,6 +22,7 @@ from ground import TRAINING_SETTINGS, GroundingArguments
 from rl import DT, LearnArguments
 from rollout import ImagineArguments
 
+FITS = {"env": env.DEFAULT_WORLD, "llm": llm.DEFAULT}  # the released adapter
 LAPTOP_STEPS = 3300  # of grounding at a laptop's scales, where the released adapter does not fit
 RENAMED = {
     "ground_steps": "max_steps", "adapter_steps": "max_steps",
@@ -86,7 +87,8 @@ def defaults_of(scales: Mapping[str, dict], given: Mapping[str, str]) -> dict:
     defaults["per_device_train_batch_size"] = max(1, in_all // max(1, processes))
     defaults["fp16"] = is_large and torch.cuda.is_available() and not defaults["bf16"]
     if defaults.get("adapter") == "released":
-        asks_for_training = {"data", "env", "llm", *TRAINING_SETTINGS} - {"adapter"} & set(given)
+        named = {name for name, value in given.items() if value != FITS.get(name)}
+        asks_for_training = {"data", "env", "llm", *TRAINING_SETTINGS} - {"adapter"} & named
         names_it = "ground" in given.get("stage", "").split()
         if names_it or asks_for_training or has_trained(given):
             defaults |= {"adapter": "none", "max_steps": LAPTOP_STEPS}
@@ -142,6 +144,7 @@ def check(
     ground: GroundingArguments,
     imagine: ImagineArguments,
     learn: LearnArguments,
+    given: Mapping[str, str],
 ) -> None:
     """Raise ValueError for what two stages' settings or the LLM, fetched here, do not allow."""
     if not imagine.self_check and (learn.keep in ("explained", "both") or learn.dynamics_tolerance):
@@ -150,7 +153,7 @@ def check(
     if ground.load_in_4bit and llm.is_gguf(run.llm):
         raise ValueError("--load_in_4bit takes a folder or a Hub name as --llm, no GGUF file")
     if "ground" in names and ground.adapter != "none":
-        check_adapter(ground, world)
+        check_adapter(ground, world, given)
     if learn.encoder != "llm":
         probe.check_encoder(llm.resolve(learn.encoder, "--encoder"))
     if run.dry_run and llm.must_be_fetched(run.llm):
@@ -186,14 +189,20 @@ def check_llm(
     probe.check(llm.resolve(run.llm), texts, steps, ground.keep_layers)
 
 
-def check_adapter(settings: GroundingArguments, world: env.World) -> None:
-    """Raise ValueError if the trained adapter is none, or of a world or LLM of other sizes."""
+def check_adapter(settings: GroundingArguments, world: env.World, given: Mapping[str, str]) -> None:
+    """Raise ValueError if the trained adapter is none, of a world or LLM of other sizes, or of
+    another LoRA than the one given.
+    """
     config = read_json(adapter_folder(settings.adapter) / "config.json")
     theirs = {size: config.get(size) for size in ("observation_dim", "num_actions")}
     ours = {size: getattr(world, size) for size in theirs}
     if settings.keep_layers:
         theirs["keep_layers"] = config["backbone_config"].get("num_hidden_layers")
         ours["keep_layers"] = settings.keep_layers
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+        if name in given:
+            theirs[name] = config[name]
+            ours[name] = getattr(settings, name)
     for size, number in theirs.items():
         if number != ours[size]:
             made = f"--adapter {settings.adapter} was made with {size} {number}"

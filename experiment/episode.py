@@ -71,7 +71,7 @@ def write_account(run: Path, world: env.World, method: str, record: dict, seed: 
     """
     explanation_fits = world.explanation_fits(record["goal"], record["explanation"])
     words = re.sub(r"\W+", "-", record["goal"].lower())
-    name = words[:40].strip("-")
+    name = words[:100].strip("-")
     gif = run / "act" / f"{name}-{seed}-{method}.gif"
     gif.parent.mkdir(exist_ok=True)
     save_gif(gif, world, record)

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from data import llm
+from experiment.settings import is_on
 
 CPU_WORKERS = "KALM_CPU_WORKERS"  # so many share one CPU, which is one device
 WORKER_BYTES = 1.5e9  # of a worker on a CPU beside two copies of the language model
@@ -36,19 +37,25 @@ def workers(given: Mapping[str, str]) -> int:
         return int(asked) if asked.isdigit() else 1  # which tells what is wrong
     is_small = given.get("scale") == "smoke" or given.get("llm") == llm.TINY
     is_alone = "stage" in given and set(given["stage"].split()) <= set(ALONE)
-    if is_small or is_alone or "dry_run" in given:
+    if is_small or is_alone or is_on(given, "dry_run"):
         return 1
     if torch.accelerator.is_available():
         return torch.accelerator.device_count()
     each = WORKER_BYTES + 2 * llm.bytes_on_disk(given.get("llm", llm.DEFAULT))
-    return max(1, min(psutil.cpu_count(), int(psutil.virtual_memory().available // each)))
+    return max(1, min(cores(), int(psutil.virtual_memory().available // each)))
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    can_tell = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    return len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
 
 
 def start(script: str, arguments: list[str], count: int) -> int:
     """Run a script in so many processes. Returns the exit code of the first that failed, else 0."""
     if not torch.accelerator.is_available():
         os.environ[CPU_WORKERS] = str(count)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, psutil.cpu_count() // count)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # workers speak themselves
     config = LaunchConfig(
         min_nodes=1,

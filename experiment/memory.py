@@ -26,7 +26,7 @@ GB = 1e9
 LONGEST_PROMPT = 64  # positions, about
 
 ADVICE = (
-    "--gradient_checkpointing true, a smaller --per_device_train_batch_size with "
+    "--activation_checkpointing true, a smaller --per_device_train_batch_size with "
     "--gradient_accumulation_steps, --lora_rank 64, --load_in_4bit true, --keep_layers, or more "
     "devices with configs/fsdp.yaml"
 )

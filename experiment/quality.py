@@ -3,6 +3,7 @@
 This file knows rollout records and the world that judges them, and no model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 import env
 from experiment.processes import in_batches
 
-PLAYED = 960  # rollouts that are played in the world, or a few more: enough for a rate
+PLAYED = 960  # rollouts at most that are played in the world: enough for a rate
 
 
 def explanation_figures(
@@ -32,7 +33,7 @@ def rollout_figures(
     """Figures of imagined rollouts. shared: all processes call this and share the playing.
 
     Of goals that have a judge: match, the rate that fulfils its goal; executed, the rate that does
-    when its actions are played in the world from its start, in an even sample of some PLAYED;
+    when its actions are played in the world from its start, in an even sample of them;
     executed_of_matched; action_match, of one-step goals the action alone. The world's rates of what
     cannot be (`World.plausibility`). After a self-check explained, the rate whose explanation fits
     the goal; match_of_explained; dynamics_error.
@@ -57,9 +58,11 @@ def rollout_figures(
         plans = [actions[row] for row in rows]
         asked = [goals[row] for row in rows]
         played = env.run_episodes(world, replay(plans), asked, starts[rows], max(lengths))
-        return [record["success"] for record in played]
+        # a plan that has ended goes on for as long as others last, which counts no more
+        in_time = [len(record["actions"]) <= len(plan) for record, plan in zip(played, plans)]
+        return [record["success"] and own for record, own in zip(played, in_time)]
 
-    played = np.arange(0, len(records), max(1, len(records) // PLAYED))
+    played = np.arange(0, len(records), math.ceil(len(records) / PLAYED))
     batches = np.array_split(played, min(len(played), 16))
     costs = list(map(len, batches))
     executed = np.array(in_batches(play, batches, costs, shared, "play what was imagined"))
@@ -105,6 +108,15 @@ def replay(plans: Sequence[Sequence[int]]) -> env.Policy:
         return np.array(actions)
 
     return policy
+
+
+def played_in_world(world: env.World, record: dict) -> dict:
+    """The episode of a rollout's actions in the world, from the state nearest to its start."""
+    start = world.state_from_observation(record["observations"][:1])
+    actions = record["actions"]
+    goals = [env.goal_of(record)]
+    (played,) = env.run_episodes(world, replay([actions]), goals, start, len(actions))
+    return played
 
 
 def in_words(figures: Mapping[str, object], separator: str) -> str:

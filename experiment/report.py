@@ -26,7 +26,7 @@ from experiment import folder
 from experiment.card import figures_in_words
 from experiment.episode import save_gif, verdict_of
 from experiment.intervals import figure, success_rows
-from experiment.quality import replay
+from experiment.quality import played_in_world
 from experiment.settings import setting
 from model import TASKS
 
@@ -357,12 +357,12 @@ def _version_rows():
     return rows
 
 
-def _examples(records, each=2):
-    """So many imagined rollouts of each verdict, brief ones first."""
+def _examples(records):
+    """Two imagined rollouts of each verdict, brief ones first."""
     brief_first = sorted(records, key=lambda record: len(record["actions"]) > 12)
     examples = []
     for verdict in ("goal met", "goal missed", "not judged"):
-        examples += [record for record in brief_first if verdict_of(record) == verdict][:each]
+        examples += [record for record in brief_first if verdict_of(record) == verdict][:2]
     return examples
 
 
@@ -371,10 +371,7 @@ def _gallery(world, imagined):
     cards = []
     for level, records in imagined.items():
         for record in _examples(records):
-            start = world.state_from_observation(record["observations"][:1])
-            plan = replay([record["actions"]])
-            goals = [env.goal_of(record)]
-            played = env.run_episodes(world, plan, goals, start, len(record["actions"]))[0]
+            played = played_in_world(world, record)
             pictures = [_picture(world, "imagined", record), _picture(world, "executed", played)]
             cards.append({"level": level, "record": record, "pictures": pictures})
     return cards

@@ -6,6 +6,7 @@ on with one. This file knows a language model and a world's lexicon, and nothing
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -54,7 +55,7 @@ def restate(text: str, lexicon, of_words: Mapping[str, Tensor]) -> str:
     """
     places = lexicon.places(text)
     words = list(dict.fromkeys(place[1] for place in places))
-    said = text.lower().split()
+    said = re.findall(r"\w+", text.lower())
     free = []
     for i, answer in enumerate(lexicon.answers):
         if answer not in said:

@@ -66,6 +66,13 @@ class SettingsParser(HfArgumentParser):
                 found[name] = f"{found[name]} {argument}".strip()
         return found
 
+    def all_given(self, arguments: Sequence[str]) -> dict[str, str]:
+        """As `given`, with the settings of a config file; without them where that is wrong."""
+        try:
+            return self.given(with_config(arguments, self))
+        except ValueError:
+            return self.given(arguments)
+
     def hint(self, option: str) -> str:
         """ ": did you mean X?" for an unknown option, "" where no name is near."""
         name = option.lstrip("-").replace("-", "_")
@@ -88,9 +95,7 @@ def parse(
     of former options. Raises ValueError for what is unknown or wrong.
     """
     parser = SettingsParser(classes, renamed)
-    config = parser.given(arguments).get("config")
-    if config:
-        arguments = [*config_arguments(config, parser), *arguments]
+    arguments = with_config(arguments, parser)
     given = parser.given(arguments)
     parser.set_defaults(**defaults(given))
     *found, unknown = parser.parse_args_into_dataclasses(
@@ -100,6 +105,17 @@ def parse(
         hint = parser.hint(unknown[0].partition("=")[0])
         raise ValueError(f"unknown option {unknown[0]}{hint}")
     return found, given
+
+
+def with_config(arguments: Sequence[str], parser: SettingsParser) -> list[str]:
+    """Arguments, and before them those of the config file that they name, if they do."""
+    config = parser.given(arguments).get("config")
+    return [*config_arguments(config, parser), *arguments] if config else [*arguments]
+
+
+def is_on(given: Mapping[str, str], name: str) -> bool:
+    """Whether a switch is given as a word for yes, or alone."""
+    return given.get(name, "no").lower() in ("", "yes", "true", "t", "y", "1")
 
 
 def config_arguments(path: str, parser: SettingsParser) -> list[str]:
@@ -129,7 +145,10 @@ def config_arguments(path: str, parser: SettingsParser) -> list[str]:
             stages = value if isinstance(value, list) else str(value).split()
             arguments += ["--stage", *map(str, stages)]
         elif value is not None:
-            value = ",".join(map(str, value)) if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = ",".join(map(str, value))
+            if isinstance(value, dict):
+                value = json.dumps(value)
             arguments.append(f"--{name}={value}")
     return arguments
 

@@ -45,6 +45,7 @@ COMMANDS = {  # a command line, and what the sentence names
     "--methods bc,cql+klam": "did you mean cql+kalm?",
     "--adapter photos": "photos holds no adapter",
     "--report_last 3": "--report_last 3: learning keeps --last_checkpoints 2",
+    "--adapter released --lora_rank 8": "--adapter released was made with lora_rank 64, and",
     "--adapter released --keep_layers 2": "--adapter released was made with keep_layers 6, and",
     f"--adapter released --env {ROOT}/docs/tiles.py:Tiles": "made with observation_dim 10, and",
     "--fresh_layers 1 --lora_rank 2": "--lora_rank 0",

@@ -83,3 +83,6 @@ def test_export_writes_every_rollout_with_its_encoding(world, smoke_run, tmp_pat
         assert name != "real" or records[0]["states"] is not None
         with np.load(path) as file:
             assert np.ptp(file["observations"][:, 0, 10:], -1).all()  # what policies see
+    shutil.rmtree(run / "export")
+    assert kalm.main(["--scale", "smoke", "--output_dir", str(run), "--export", "npz"]) == 0
+    assert all(path.is_file() for path in paths.values())

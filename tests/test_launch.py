@@ -22,7 +22,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(launch.llm, "bytes_on_disk", lambda name: 0)
 
     def set_machine(cores, free):
-        monkeypatch.setattr(launch.psutil, "cpu_count", lambda: cores)
+        monkeypatch.setattr(launch, "cores", lambda: cores)
         memory = SimpleNamespace(available=free)
         monkeypatch.setattr(launch.psutil, "virtual_memory", lambda: memory)
 

@@ -72,7 +72,7 @@ def test_out_of_memory_says_what_helps_and_the_run_goes_on(tmp_path, monkeypatch
         patch.setattr(ground.GroundingTrainer, "training_step", full)
         assert kalm.main(run) == 2
     said = capsys.readouterr().err
-    assert "stage 'ground': out of memory" in said and "--gradient_checkpointing true" in said
+    assert "stage 'ground': out of memory" in said and "--activation_checkpointing true" in said
     steps = []
     noted = lambda self, *rest: (steps.append(self.state.global_step), step(self, *rest))[1]
     monkeypatch.setattr(ground.GroundingTrainer, "training_step", noted)

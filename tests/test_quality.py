@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import rollout_record
 
+import env
 from env import Goal
 from experiment import quality
 
@@ -46,6 +47,17 @@ def test_of_many_rollouts_an_even_sample_is_played(world, records, monkeypatch):
     figures = quality.rollout_figures(world, records)  # the first and the third
     assert figures["rollouts"] == 4 and figures["match"] == 2 / 4
     assert (figures["executed"], figures["executed_of_matched"]) == (1 / 2, 1)
+
+
+def test_a_plan_counts_as_executed_by_its_own_actions_alone(world, rollouts):
+    alike = lambda record: len(set(record["actions"])) == 1 < len(record["actions"]) < 4
+    longer = next(record for record in rollouts if alike(record))
+    path, actions = longer["observations"], longer["actions"]
+    brief = rollout_record(world, env.goal_of(longer), path[:2], actions[:1], imagined=True)
+    assert not brief["success"]  # the same push once more would meet its goal
+    both = quality.rollout_figures(world, [brief, longer])
+    alone = [quality.rollout_figures(world, [record])["executed"] for record in (brief, longer)]
+    assert alone == [0, 1] and both["executed"] == 1 / 2
 
 
 def test_a_self_check_adds_what_fits_and_what_is_believed(world, records):

@@ -51,6 +51,7 @@ def test_each_new_word_gets_another_known_one_and_together_the_likeliest(world):
         "Set the red globule near the blue globule."
     )
     assert said("Set the brick ball near the red ball.") == "Set the blue ball near the red ball."
+    assert said("Set the brick ball near the red.") == "Set the blue ball near the red."
     assert said("Set the red ball near it.") == "Set the red ball near it."
 
 

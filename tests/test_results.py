@@ -25,7 +25,7 @@ def test_every_run_has_valid_options_and_a_parent_that_comes_before_it():
         if "ground" in stages:
             wanted = (1800 if "long" in name else 240, "none")
         if name == "main, seed 1":
-            wanted = (1200, "none")
+            wanted = (1000, "none")
         assert (grounding.max_steps, grounding.adapter) == wanted, name
 
 

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 import rl
 from data import finite
 from data.policies import load_policy
+from data.transitions import GoalTable
 from experiment.evaluation import values_of
 
 TEXTS = ["Put red behind blue.", "Move green left.", "Gather all balls."]
@@ -22,7 +23,7 @@ LEARNED = ("bc", "cql", "iql", "awac")
 
 def toy_table(width=4):
     table = torch.randn(len(TEXTS), width, generator=torch.Generator().manual_seed(0))
-    return rl.GoalTable(TEXTS, table)
+    return GoalTable(TEXTS, table)
 
 
 def toy_record(obs, actions, rewards, success, text=TEXTS[0]):

@@ -6,9 +6,11 @@ import re
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
+import ground
 import kalm
+import rl
 from data import llm
-from experiment import command, folder, settings
+from experiment import command, folder, launch, settings
 
 HUGGING_FACE = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
 OURS = [(each, name) for each in kalm.CLASSES for name in each.__annotations__]
@@ -134,6 +136,44 @@ def test_settings_come_from_the_command_line_then_the_config_file_then_the_scale
     assert parsed("--config", tmp_path / name, "--scale", "gpu")["rl_steps"] == 30000
 
 
+def test_a_dict_in_a_config_file_is_one_in_the_settings(tmp_path):
+    (tmp_path / "mine.yaml").write_text("lr_scheduler_kwargs: {num_cycles: 2}\n")
+    assert parsed("--config", tmp_path / "mine.yaml")["lr_scheduler_kwargs"] == {"num_cycles": 2}
+
+
+def test_what_is_known_before_settings_are_read_counts_the_config_file_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("processes: 3\ndry_run: true\ntraceback: false\n")
+    parser = settings.SettingsParser(kalm.CLASSES)
+    given = parser.all_given(["--config", str(tmp_path / "mine.yaml"), "--processes", "2"])
+    assert given["processes"] == "2" and settings.is_on(given, "dry_run")
+    assert not settings.is_on(given, "traceback") and not settings.is_on(given, "force")
+    assert settings.is_on(parser.all_given(["--traceback"]), "traceback")
+    wrong = ["--config", str(tmp_path / "none.yaml"), "--force"]  # which parse tells
+    assert settings.is_on(parser.all_given(wrong), "force")
+
+
+def test_the_order_of_examples_counts_where_it_differs_from_the_runs(tmp_path):
+    options = {"output_dir": str(tmp_path), "seed": 3}
+    recorded = lambda **more: ground.GroundingArguments(**options, **more).recorded()
+    assert recorded() == recorded(data_seed=3) != recorded(data_seed=9)
+
+
+def test_many_workers_of_a_cpu_take_one_example_each_at_least(tmp_path, monkeypatch):
+    monkeypatch.setenv(launch.CPU_WORKERS, "48")
+    made = ground.GroundingArguments(output_dir=str(tmp_path), per_device_train_batch_size=32)
+    assert made.per_device_train_batch_size == 1
+    with pytest.raises(ValueError, match="--per_device_train_batch_size must be at least 1"):
+        ground.GroundingArguments(output_dir=str(tmp_path), per_device_train_batch_size=0)
+
+
+def test_an_encoder_in_a_folder_counts_by_its_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    inputs = lambda: rl.LearnArguments(encoder=str(tmp_path)).inputs()
+    before = inputs()
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    assert inputs() != before and rl.LearnArguments().inputs() == {}
+
+
 def test_every_scale_is_valid_and_sets_only_what_there_is():
     for name, scale in kalm.SCALES.items():
         assert set(scale) <= {name for _, name in OURS}
@@ -162,6 +202,11 @@ def test_a_laptop_takes_the_released_adapter_unless_the_command_asks_for_trainin
     assert adapter_of(*run, "--num_train_epochs", 2) == ("none", -1, 2)
     assert adapter_of(*run, "--adapter", "mine", "--max_steps", 9)[:2] == ("mine", 9)
     assert adapter_of(*run, "--adapter", "released", "--lora_rank", 8) == released
+
+
+def test_naming_a_default_that_the_adapter_fits_trains_nothing(tmp_path):
+    for options in (("--llm", "smollm2"), ("--env", "clevr_robot")):
+        assert adapter_of("--output_dir", tmp_path, *options) == ("released", -1, 0)
 
 
 def test_what_a_run_has_trained_it_keeps(tmp_path):

@@ -60,7 +60,7 @@ def trainer_of(model, tokenizer, world, rollouts, work, **options):
         data_collator=tasks.pack,
         processing_class=tokenizer,
         world=world,
-        held_out=rollouts,
+        eval_dataset=rollouts,
         measure=ground.held_out_figures,
     )
 

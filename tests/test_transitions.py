@@ -149,6 +149,12 @@ def test_a_goal_table_is_standardised_by_its_training_texts_and_survives_the_dis
     assert loaded.index == table.index and len(loaded.table) == 18
 
 
+def test_one_training_text_has_no_deviation_and_encodings_are_numbers():
+    model, tokenizer = llm.tiny(SENTENCES)
+    table = GoalTable.encode(SENTENCES[:1] * 3, SENTENCES[1:4], model.base_model, tokenizer)
+    assert (table.table[0] == 0).all() and 0 < table.table[1:].abs().max() < 100
+
+
 def test_a_goal_added_to_a_table_is_encoded_as_if_it_had_been_there():
     model, tokenizer = llm.tiny(SENTENCES)
     encoder = model.base_model, tokenizer
