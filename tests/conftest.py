@@ -32,7 +32,11 @@ def unsynced(monkeypatch):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes a minute or more; part of the default run")
+    config.addinivalue_line("markers", "slow: takes half a minute or more; begun first")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # none is left alone last
 
 
 def run_kalm(*arguments, launcher=(), cwd=ROOT):

@@ -118,6 +118,7 @@ def test_the_same_seed_gives_the_same_results(smoke_run, tmp_path):
     assert without_times(again) == without_times(results_of(smoke_run))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_give_complete_and_the_same_results(
     smoke_run, tmp_path, world
 ):

@@ -68,6 +68,7 @@ def test_an_error_of_all_workers_is_said_once_with_its_exit_code(tmp_path):
     assert len(said) == 1 and "--keep" in said[0] and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (9, -9)])
 def test_workers_end_with_the_command_that_started_them(tmp_path, number, code):
