@@ -110,7 +110,9 @@ def write_goals(path: Path, goals: Sequence[Goal]) -> None:
 
 def by_level(goals: Sequence[Goal]) -> dict[str, list[Goal]]:
     """Goals by their level, levels in their usual order, those without goals left out."""
-    levels = {level: [goal for goal in goals if goal.level == level] for level in LEVELS}
+    levels = {}
+    for level in LEVELS:
+        levels[level] = [goal for goal in goals if goal.level == level]
     return {level: found for level, found in levels.items() if found}
 
 

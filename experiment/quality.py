@@ -58,9 +58,12 @@ def rollout_figures(
         plans = [actions[row] for row in rows]
         asked = [goals[row] for row in rows]
         played = env.run_episodes(world, replay(plans), asked, starts[rows], max(lengths))
-        # a plan that has ended goes on for as long as others last, which counts no more
-        in_time = [len(record["actions"]) <= len(plan) for record, plan in zip(played, plans)]
-        return [record["success"] and own for record, own in zip(played, in_time)]
+        succeeds = []
+        for record, plan in zip(played, plans):
+            # a plan that has ended goes on for as long as others last, which counts no more
+            is_its_own = len(record["actions"]) <= len(plan)
+            succeeds.append(record["success"] and is_its_own)
+        return succeeds
 
     played = np.arange(0, len(records), math.ceil(len(records) / PLAYED))
     batches = np.array_split(played, min(len(played), 16))
