@@ -470,6 +470,7 @@ def grow_processes(largest):
         with tempfile.TemporaryDirectory() as run:
             command = [*launch, ROOT / "kalm.py", "--scale", "cpu", "--train_goals", "600"]
             command += f"--adapter none --max_steps 24 --output_dir {run}".split()
+            command += ["--eval_strategy", "no"]
             command += ["--per_device_train_batch_size", str(16 // processes), "--stage"]
             threads = {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
             done = subprocess.run(
