@@ -217,7 +217,7 @@ def success_rows(results: dict, without_judge: dict | None = None) -> list[list]
     columns = report.columns_of(results)
     found = intervals.success_rows(results, columns)
     if without_judge:
-        (_, *others) = intervals.success_rows(without_judge, columns)  # the first is bc, as above
+        _, *others = intervals.success_rows(without_judge, columns)  # the first is bc, as above
         found += [(f"{name}, all kept", figures) for name, figures in others]
     rows = []
     for name, figures in found:

@@ -6,7 +6,11 @@ This file knows vectors, and neither words nor physics.
 import numpy as np
 
 Array = np.ndarray
-DIRECTION_VECTORS = np.array([(0, 1), (-1, 0), (0, -1), (1, 0)], float)  # behind: from the viewer
+BEHIND = (0, 1)  # from the viewer
+LEFT = (-1, 0)
+FRONT = (0, -1)
+RIGHT = (1, 0)
+DIRECTION_VECTORS = np.array([BEHIND, LEFT, FRONT, RIGHT], float)  # counterclockwise
 STRAIGHT_PUSHES = [(1, 0), (0, 1), (-1, 0), (0, -1)]
 DIAGONAL_PUSHES = [(0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8)]
 PUSH_VECTORS = np.array(STRAIGHT_PUSHES + DIAGONAL_PUSHES)
@@ -25,7 +29,7 @@ def dot(a: Array, b: Array) -> Array:
     """Products of vectors, (..., 2) -> (...)."""
     x = a[..., 0] * b[..., 0]
     y = a[..., 1] * b[..., 1]
-    return x + y  # many times faster than a sum along an axis of two
+    return x + y  # faster than a sum along an axis of two
 
 
 def length(vectors: Array) -> Array:
@@ -39,7 +43,7 @@ def holds(offsets: Array, direction: Array) -> Array:
     Of a sector's two edges the clockwise one belongs to it: each angle lies in exactly one sector.
     """
     toward = DIRECTION_VECTORS[direction]
-    to_its_left = DIRECTION_VECTORS[direction - 3]  # the next one in turn
+    to_its_left = DIRECTION_VECTORS[(direction + 1) % 4]
     along = dot(offsets, toward)
     leftward = dot(offsets, to_its_left)
     in_sector = (along + leftward >= 0) & (along > leftward)
@@ -60,7 +64,8 @@ def distance_to_segment(start: Array, end: Array, point: Array) -> Array:
     segment = end - start
     squared_length = np.maximum(dot(segment, segment), 1e-9)
     along = dot(point - start, segment) / squared_length
-    nearest = start + np.clip(along, 0, 1)[..., None] * segment
+    along = np.clip(along, 0, 1)[..., None]
+    nearest = start + along * segment
     return length(nearest - point)
 
 
@@ -68,9 +73,11 @@ def path_around(start: Array, end: Array, center: Array, radius: float) -> Array
     """Length of the shortest path from start to end that stays out of a circle."""
     straight = length(end - start)
     blocked = distance_to_segment(start, end, center) < radius
-    ends = np.array(np.broadcast_arrays(start - center, end - center))
+    from_center = np.broadcast_arrays(start - center, end - center)
+    ends = np.array(from_center)
     distance = length(ends)
-    cosine = dot(*ends) / np.maximum(distance.prod(0), 1e-9)
+    product = np.maximum(distance.prod(0), 1e-9)
+    cosine = dot(*ends) / product
     angle = np.arccos(np.clip(cosine, -1, 1))  # between the ends, seen from the centre
     ratio = np.minimum(radius / np.maximum(distance, 1e-9), 1)
     tangent_angles = np.arccos(ratio).sum(0)
@@ -89,6 +96,7 @@ def beyond_walls(xy: Array) -> Array:
 def crowding(xy: Array, ball: Array, start: Array, end: Array) -> Array:
     """Cost (B, 8) of pushing ball (B,) from start (B, 1, 2) to end (B, 8, 2): others, walls."""
     distance = distance_to_segment(start[:, :, None], end[:, :, None], xy[:, None])
-    distance[np.arange(len(xy)), :, ball] = np.inf
+    rows = np.arange(len(xy))
+    distance[rows, :, ball] = np.inf  # a ball is not in its own way
     near = np.clip(1 - distance / 0.24, 0, 1)
     return 0.05 * near.sum(-1) + beyond_walls(end)
