@@ -256,7 +256,7 @@ class LearnArguments:
     keep: str = setting("matched", "imagined: matched (judge), explained, both, all")
     kept_per_goal: int = setting(0, "at most so many of a goal; 0: all")
     dynamics_tolerance: float = setting(0.0, "drop transitions further off; 0: none")
-    balance_goals: bool = setting(True, "draw imaginary batches by goal, not by transition")
+    balance_goals: bool = setting(True, "draw imaginary batches by goal and rollout")
     encoder: str = setting("llm", "of goals: llm (the base LLM), or a transformers model")
     encoder_layers: int = setting(4, "first layers of the base LLM to use; 0: all")
     rl_steps: int = setting(RLConfig.steps, "gradient steps of offline RL")

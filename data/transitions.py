@@ -121,10 +121,22 @@ class Batch(NamedTuple):
 EMPTY = Batch(*np.zeros((6, 0)))
 
 
+class Groups:
+    """Rows that lie group by group; sizes: how many each group has."""
+
+    def __init__(self, sizes: np.ndarray):
+        self.sizes = sizes
+        self.starts = sizes.cumsum() - sizes
+
+    def draw(self, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A row of each of the groups, any of its rows alike."""
+        return self.starts[groups] + rng.integers(self.sizes[groups])
+
+
 class Buffer:
     """The transitions of rollout records on a device, goal by goal.
 
-    balanced: draw each goal as often as any other, however many transitions it has.
+    balanced: draw each goal as often as any other, and each of its rollouts, however long.
     dynamics_tolerance: leave out transitions whose `dynamics_error` is larger; 0 keeps all.
     """
 
@@ -139,30 +151,34 @@ class Buffer:
                 believed = error <= dynamics_tolerance
                 part = Batch(*[column[believed] for column in part])
             parts.append(part)
-        columns = [np.concatenate(column) for column in zip(*parts)]
-        columns = Batch(*columns) if parts else EMPTY
-        by_goal = np.argsort(columns.goal, kind="stable")
-        columns = Batch(*[column[by_goal] for column in columns])
+        goal_of = np.array([goals.index[record["goal"]] for record in records], int)
+        lengths = np.array([len(part.action) for part in parts], int)
+        order = np.argsort(goal_of, kind="stable")
+        order = order[lengths[order] > 0]
+        columns = [np.concatenate(column) for column in zip(*[parts[row] for row in order])]
+        columns = Batch(*columns) if columns else EMPTY
         self.balanced = balanced
         self.transitions = Batch(*[torch.as_tensor(column, device=device) for column in columns])
-        _, self.goal_of, self.counts = np.unique(
-            columns.goal, return_inverse=True, return_counts=True
-        )  # number of each transition's goal; how many each goal has
-        self.starts = self.counts.cumsum() - self.counts
+        self.goal_of = np.unique(columns.goal, return_inverse=True)[1]  # of each transition
+        self.of_rollout = Groups(lengths[order])  # transitions
+        self.of_goal = Groups(np.bincount(self.goal_of))  # transitions
+        self.rollouts = Groups(np.unique(goal_of[order], return_counts=True)[1])  # of a goal
 
     def __len__(self):
         return len(self.transitions.action)
 
     def draw(self, shape: tuple[int, ...], each: int, rng: np.random.Generator) -> np.ndarray:
         """Rows to train on, (*shape, each), of which the last axis has one goal: uniform over
-        transitions, or over goals and then over each one's.
+        transitions, or over goals, then each one's rollouts, then their transitions.
         """
         if self.balanced:
-            goal = rng.integers(len(self.counts), size=shape)
+            goal = rng.integers(len(self.rollouts.sizes), size=shape)
         else:
             goal = self.goal_of[rng.integers(len(self), size=shape)]
         goal = np.repeat(goal[..., None], each, axis=-1)
-        return self.starts[goal] + rng.integers(self.counts[goal])
+        if self.balanced:
+            return self.of_rollout.draw(self.rollouts.draw(goal, rng), rng)
+        return self.of_goal.draw(goal, rng)
 
 
 class Batches:

@@ -11,20 +11,25 @@ from data.transitions import Batches, Buffer, GoalTable, encode_texts
 # ------------------------------------------------------------------------------- buffers, batches
 
 
-def test_a_balanced_buffer_draws_each_goal_alike_and_each_of_its_transitions_alike():
+def test_a_balanced_buffer_draws_goals_alike_and_of_each_its_rollouts_alike():
     records = [r for r in random_records(40) if r["goal"] != TEXTS[2]] + random_records(3)[2:]
+    records[0]["dynamics_error"] = np.full(len(records[0]["actions"]), 9.0)  # is left out
+    left = [[r for r in records[1:] if r["goal"] == text] for text in TEXTS]
+    assert [len(rollouts) for rollouts in left] == [13, 13, 1]
+    by_transition = 1 / sum(len(r["actions"]) for r in records[1:])
     for balanced in (False, True):
-        buffer = Buffer(records, toy_table(), balanced=balanced)
-        rows = torch.as_tensor(buffer.draw((2, 10000), 2, np.random.default_rng(0)))
-        assert rows.shape == (2, 10000, 2)
+        buffer = Buffer(records, toy_table(), balanced=balanced, dynamics_tolerance=1)
+        rows = torch.as_tensor(buffer.draw((2, 20000), 2, np.random.default_rng(0)))
+        assert rows.shape == (2, 20000, 2)
         goals = buffer.transitions.goal[rows]
         assert torch.equal(goals[..., 0], goals[..., 1])
         drawn = torch.bincount(rows.flatten(), minlength=len(buffer)) / rows.numel()
-        goal = buffer.transitions.goal
-        sizes = torch.bincount(goal)
-        expected = 1 / (3 * sizes[goal]) if balanced else torch.full_like(drawn, 1 / len(buffer))
-        assert sizes.max() > 5 * sizes.min()
-        torch.testing.assert_close(drawn, expected, rtol=0.25, atol=1e-3)
+        expected = []
+        for rollouts in left:
+            for record in rollouts:
+                by_goal = 1 / (3 * len(rollouts) * len(record["actions"]))
+                expected += [by_goal if balanced else by_transition] * len(record["actions"])
+        torch.testing.assert_close(drawn, torch.tensor(expected), rtol=0.2, atol=1e-3)
 
 
 def test_balancing_and_dropping_keep_transitions_whole():
