@@ -38,10 +38,9 @@ ONLY_KALM = ["--methods", "bc+kalm"]
 SECOND_SEED = ["--seed", "1", "--adapter", "none", "--max_steps", "1000"]
 SECOND_SEED += ["--methods", "bc,bc+relabel,bc+kalm,bc+both,llm"]
 NO_JUDGE = ["--keep", "all", "--methods", "bc,bc+kalm"]
+OWN_WORDS = [*NO_JUDGE, "--keep", "explained", "--self_check", "true"]
 NO_CANDIDATES = ["--candidates", "1", "--step_candidates", "1", "--self_check", "false"]
 TASKS = ("dynamics", "explanation", "generation", "consequence")
-LONG = ("", ", half fresh", ", LoRA", ", all random")  # of the brief runs
-LONG_AGAIN = ("long", "long, all random")  # with a second seed
 JUDGED = {
     "matched": "goal met (the judge)",
     "explained": "own explanation fits the goal (no judge)",
@@ -56,9 +55,9 @@ LEARNED = ["learn", "evaluate"]
 RUNS = {  # name: (parent, options, stages)
     "main": (None, ["--scale", "cpu"], ["all"]),
     "main, all kept": ("main", NO_JUDGE, LEARNED),
+    "main, explained": ("main", OWN_WORDS, ["imagine", *LEARNED]),
     "main, seed 1": ("main", SECOND_SEED, ["all"]),
     "brief": ("main", BRIEF, ["collect", *GROUNDED]),
-    "brief, half fresh": ("brief", ["--fresh_layers", "2"], GROUNDED),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], GROUNDED),
     "brief, all random": ("brief", ["--random_weights", "true"], GROUNDED),
     "validation": ("main", CHOOSING, ["imagine", *LEARNED]),
@@ -74,10 +73,6 @@ RUNS = {  # name: (parent, options, stages)
 for task in ("dynamics", "explanation", "consequence"):
     others = ",".join(name for name in TASKS if name != task)
     RUNS[f"brief without {task}"] = ("brief", ["--tasks", others], GROUNDED)
-for which in LONG:
-    RUNS[f"long{which}"] = (f"brief{which}", ["--max_steps", "1800"], GROUNDED)
-for name in LONG_AGAIN:
-    RUNS[f"{name}, seed 1"] = (name, ["--seed", "1"], ["collect", *GROUNDED])
 for keep in KEPT_OTHERWISE:
     RUNS[f"keep {keep}"] = ("validation", ["--keep", keep, *ONLY_KALM], LEARNED)
 for share in ("0.1", "0.5"):
@@ -108,13 +103,9 @@ GROUNDING_ABLATIONS = {
     "brief without dynamics": "without dynamics",
     "brief without explanation": "without explanation",
     "brief without consequence": "without consequence",
-    "brief, half fresh": "two pre-trained layers below two fresh ones",
     "brief, LoRA": "four pre-trained layers, LoRA of rank 64",
     "brief, all random": "four random layers and token embeddings",
 }
-LONG_ABLATIONS = {f"long{which}": GROUNDING_ABLATIONS[f"brief{which}"] for which in LONG}
-for name in LONG_AGAIN:
-    LONG_ABLATIONS[f"{name}, seed 1"] = f"{LONG_ABLATIONS[name]}, seed 1"
 
 
 def options_of(name: str) -> list[str]:
@@ -210,15 +201,17 @@ def in_words(figure: tuple[float, float, float]) -> str:
     return f"{number(mean)} ({number(low, 2)}, {number(high, 2)})"
 
 
-def success_rows(results: dict, without_judge: dict | None = None) -> list[list]:
-    """Rows of the methods, then of what is learned from all that was imagined, if that was tried,
-    beside its opponent, which learns from real data alone.
+def success_rows(results: dict, without_judge: dict[str, dict] | None = None) -> list[list]:
+    """Rows of the methods, then of what is learned from imagined rollouts that no judge chose, each
+    with its difference to real data alone.
+
+    without_judge: results by what was kept.
     """
     columns = report.columns_of(results)
     found = intervals.success_rows(results, columns)
-    if without_judge:
-        _, *others = intervals.success_rows(without_judge, columns)  # the first is bc, as above
-        found += [(f"{name}, all kept", figures) for name, figures in others]
+    for kept, unjudged in (without_judge or {}).items():
+        _, *others = intervals.success_rows(unjudged, columns)  # the first is bc, as above
+        found += [(f"{name}, {kept}", figures) for name, figures in others]
     rows = []
     for name, figures in found:
         rows.append([f"`{name}`", *map(in_words, figures)])
@@ -341,7 +334,6 @@ def ablations(runs: Path) -> list[dict]:
         learning += learning_rows(runs, {"validation": words}, method)
     parts = ["action accuracy", "state error", "source", "holds"]
     parts += [f"{part}, new / nonsense" for part in ("ball", "direction")]
-    header = ["match / executed", *LEVELS, *parts]
     return [
         {
             "caption": "Success of BC by what it learns from",
@@ -351,13 +343,8 @@ def ablations(runs: Path) -> list[dict]:
         {
             "caption": "Imagined rollouts by how the LLM was grounded: rate that meets the goal / "
             "that meets it in the physics",
-            "header": header,
+            "header": ["match / executed", *LEVELS, *parts],
             "rows": grounding_rows(runs, GROUNDING_ABLATIONS),
-        },
-        {
-            "caption": "The same, grounded 7.5 times as long",
-            "header": header,
-            "rows": grounding_rows(runs, LONG_ABLATIONS),
         },
     ]
 
@@ -402,7 +389,11 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     curves = load(runs, "main", "policies/curves.json")
     checks = load(runs, "validation", "quality.json")
     brief = load(runs, "brief", "quality.json")
-    without_judge = load(runs, "main, all kept", "results.json")
+    without_judge = {}
+    for kept in ("explained", "all kept"):
+        unjudged = load(runs, f"main, {kept}", "results.json")
+        if unjudged:
+            without_judge[kept] = unjudged
     again = load(runs, "main, seed 1", "results.json")
     growth = folder.read_json(ROOT / "docs" / "growth.json")
     curves_svg = report.curves_figure(metrics["log"], curves)
@@ -422,7 +413,7 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     word_columns = []
     for part, figures in next(iter(results["words"].values())).items():
         word_columns += [f"{part}: {kind.replace('gain', 'new - nonsense')}" for kind in figures]
-    learning, brief_tasks, longer = ablations(runs)
+    learning, grounding_tasks = ablations(runs)
     times = {**results["time_s"], "all": sum(results["time_s"].values())}
     explained_parts = ["source", "target", "direction", "all three", "holds in the final state"]
     text = (
@@ -446,8 +437,7 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
             grounding=", ".join(grounding),
             counts=", ".join(counts),
             ablation=table(learning["header"], learning["rows"]),
-            tasks=table(brief_tasks["header"], brief_tasks["rows"]),
-            longer=table(longer["header"], longer["rows"]),
+            tasks=table(grounding_tasks["header"], grounding_tasks["rows"]),
             minutes=table(
                 ["stage", *times], [["minutes", *(f"{t / 60:.1f}" for t in times.values())]]
             ),

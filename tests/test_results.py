@@ -23,7 +23,7 @@ def test_every_run_has_valid_options_and_a_parent_that_comes_before_it():
         assert imagining.split == ("test" if name.startswith("main") else "validation"), name
         wanted = (-1, "released")
         if "ground" in stages:
-            wanted = (1800 if "long" in name else 240, "none")
+            wanted = (240, "none")
         if name == "main, seed 1":
             wanted = (1000, "none")
         assert (grounding.max_steps, grounding.adapter) == wanted, name
@@ -60,7 +60,7 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
         found["success"][method][level] |= {"mean": mean, "std": 0.0234}
         folder.write_json(tmp_path / name / "results.json", found)
 
-    for name in ("main", "validation", "keep_all", "brief", "long,_LoRA"):
+    for name in ("main", "validation", "keep_all", "brief", "brief,_LoRA"):
         shutil.copytree(smoke_run, tmp_path / name)
     found = folder.read_json(tmp_path / "validation" / "results.json")
     found["success"]["bc+both"] = found["success"]["bc+kalm"]
@@ -77,6 +77,7 @@ def test_the_page_states_the_figures_of_the_run_folders(smoke_run, tmp_path):
     assert re.search(r"^\| kept: everything - `bc` \|.*\| -?\.\d+ \(.*\) \|$", page, re.M)
     assert re.search(r"^\| kept: everything \|.*\| \.432 \|", page, re.M)
     assert re.search(r"^\| four pre-trained layers, all four tasks \|", page, re.M)
+    assert re.search(r"^\| four pre-trained layers, LoRA of rank 64 \|", page, re.M)
     assert "four random layers" not in page + report  # a run that is not there has no row
     pictures = {path.stem for path in tmp_path.glob("*.svg")}
     assert pictures == {"curves", "success", "training"}
