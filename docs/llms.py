@@ -43,17 +43,19 @@ VARIANTS = (  # of an architecture, beside its default
 )
 HEAD = """# LLMs that can be used exactly
 
-Made by `python docs/llms.py` with transformers {version}: {exact} architectures are exact,
-{refused} are refused, {not tried} were not tried.
+Made by `python docs/llms.py` with transformers {version}: of architectures and variants
+of them {exact} are exact, {refused} are refused, {not tried} were not tried.
 
 A run packs rollouts of a prompt into one row, imagines behind a key-value cache, and reads words
 from the LLM's output layer. Before it starts, a small LLM of the same configuration (one layer of
 each kind, random weights) must give the same outputs in all these ways as a rollout alone does:
 no output may depend on a later position; word logits must be those of the LLM itself; rollouts
 packed in a row, and left-padded rows that grow, branch and end behind a cache, must come out as
-each rollout alone; weights must come back from a folder under their names. An LLM that fails is
-refused by name with the reason. So is one without an end token, with fewer embeddings than its
-tokenizer has tokens, or with fewer positions than the longest example (here {length}).
+each rollout alone; LoRA must change nothing while it is new, and give merged what it gives beside;
+weights must come back from a folder under their names. An LLM that fails is refused by name with
+the reason. So is one with recurrent or convolution layers, with weights that are quantised already,
+without an end token, with fewer embeddings than its tokenizer has tokens, or with fewer positions
+than the longest example (here {length}).
 
 A sliding window does not matter while every example is shorter than it; where one is longer, the
 probe says so. Default configurations are probed; a checkpoint's own settings decide.

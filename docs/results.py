@@ -85,7 +85,7 @@ LEARNING_ABLATIONS = {
     "validation": "default",
     **{f"keep {keep}": f"kept: {JUDGED[keep]}" for keep in KEPT_OTHERWISE},
     "dynamics check": "transitions dropped that the dynamics prediction contradicts by .1 m",
-    "unbalanced": "drawn by transition, not by goal",
+    "unbalanced": "drawn by transition, not by goal and rollout",
     "new starts": "no counterfactual goals: imagined from new starts alone",
     "share 0.1": "a tenth of each batch imaginary",
     "share 0.5": "half of each batch imaginary",

@@ -2,7 +2,7 @@
 
 The model is run forward with torch's fake tensors, which have sizes and no numbers, and what
 autograd would keep for the backward pass is counted, whatever the architecture. What an allocator
-keeps of memory that was given back is not: on a CPU that has been a quarter more.
+keeps of memory that was given back is not: on a CPU that has been a third more.
 """
 
 import os

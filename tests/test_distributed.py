@@ -16,6 +16,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from conftest import ROOT, tiny_llm
 from safetensors.torch import load_file
 
+import ground
+
 STEPS = "--scale smoke --stage collect ground --max_steps 5 --logging_steps 1 --save_steps 2"
 STEPS += " --eval_strategy no --bf16 false"
 
@@ -112,6 +114,22 @@ def test_deepspeed_trains_as_one_process_and_goes_on_after_a_kill(llms, tmp_path
     ground_in(killed, *sharded, way="ddp")
     np.testing.assert_allclose(losses(whole), losses(alone), rtol=1e-3)
     assert losses(killed) == losses(whole)
+
+
+def test_deepspeed_is_refused_where_it_is_missing_and_where_it_takes_weights_apart(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "zero.json"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install deepspeed"):
+        ground.check_deepspeed(str(path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for stage in (0, 1, 2):
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        ground.check_deepspeed(str(path))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(ValueError, match="give stage 1 or 2 of ZeRO"):
+        ground.check_deepspeed(str(path))
 
 
 @pytest.mark.slow
