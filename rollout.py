@@ -28,7 +28,8 @@ from tasks import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, 
 from tasks import rollout_positions as positions_of
 
 POSITIONS_AT_ONCE = 1024  # candidates of all rows together: more is no faster on a CPU
-SHARES = 8  # batches at least, if of 64 rows or more, for processes to share evenly
+SHARES = 8  # batches at least, for processes to share evenly, unless they would have
+FEW_ROWS = 64  # less than so many rows, which wastes a pass through the model
 
 # ----------------------------------------------------------------------------------------------
 # Imagining and acting
@@ -228,7 +229,7 @@ def batches_of(goals: Sequence[env.Goal], counts: np.ndarray, batch_size: int) -
     candidates are tried, at most POSITIONS_AT_ONCE of them. The same whatever the number of
     processes.
     """
-    batch_size = min(batch_size, max(64, math.ceil(len(goals) / SHARES)))
+    batch_size = min(batch_size, max(FEW_ROWS, math.ceil(len(goals) / SHARES)))
     by_kind = lambda row: (counts[row], len(goals[row].text), goals[row].text)
     order = np.array(sorted(range(len(goals)), key=by_kind), int)
     batches = []

@@ -122,7 +122,7 @@ EMPTY = Batch(*np.zeros((6, 0)))
 
 
 class Groups:
-    """Rows that lie group by group; sizes: how many each group has."""
+    """Rows of an array that lies group by group. sizes: how many rows each group has."""
 
     def __init__(self, sizes: np.ndarray):
         self.sizes = sizes
@@ -143,26 +143,26 @@ class Buffer:
     def __init__(
         self, records, goals: GoalTable, device="cpu", balanced=False, dynamics_tolerance=0.0
     ):
+        row_of = lambda record: goals.index[record["goal"]]
         parts = []
-        for record in records:
-            part = _transitions(record, goals.index[record["goal"]])
+        for record in sorted(records, key=row_of):
+            part = _transitions(record, row_of(record))
             error = record.get("dynamics_error")
             if dynamics_tolerance and error is not None:
                 believed = error <= dynamics_tolerance
                 part = Batch(*[column[believed] for column in part])
-            parts.append(part)
-        goal_of = np.array([goals.index[record["goal"]] for record in records], int)
-        lengths = np.array([len(part.action) for part in parts], int)
-        order = np.argsort(goal_of, kind="stable")
-        order = order[lengths[order] > 0]
-        columns = [np.concatenate(column) for column in zip(*[parts[row] for row in order])]
-        columns = Batch(*columns) if columns else EMPTY
+            if len(part.action):
+                parts.append(part)
+        columns = Batch(*[np.concatenate(column) for column in zip(*parts)]) if parts else EMPTY
         self.balanced = balanced
         self.transitions = Batch(*[torch.as_tensor(column, device=device) for column in columns])
-        self.goal_of = np.unique(columns.goal, return_inverse=True)[1]  # of each transition
-        self.of_rollout = Groups(lengths[order])  # transitions
-        self.of_goal = Groups(np.bincount(self.goal_of))  # transitions
-        self.rollouts = Groups(np.unique(goal_of[order], return_counts=True)[1])  # of a goal
+        _, self.goal_of_transition, transitions = np.unique(
+            columns.goal, return_inverse=True, return_counts=True
+        )
+        _, rollouts = np.unique([part.goal[0] for part in parts], return_counts=True)
+        self.transitions_of_goal = Groups(transitions)
+        self.rollouts_of_goal = Groups(rollouts)
+        self.transitions_of_rollout = Groups(np.array([len(part.action) for part in parts], int))
 
     def __len__(self):
         return len(self.transitions.action)
@@ -172,13 +172,14 @@ class Buffer:
         transitions, or over goals, then each one's rollouts, then their transitions.
         """
         if self.balanced:
-            goal = rng.integers(len(self.rollouts.sizes), size=shape)
+            goal = rng.integers(len(self.rollouts_of_goal.sizes), size=shape)
         else:
-            goal = self.goal_of[rng.integers(len(self), size=shape)]
+            goal = self.goal_of_transition[rng.integers(len(self), size=shape)]
         goal = np.repeat(goal[..., None], each, axis=-1)
         if self.balanced:
-            return self.of_rollout.draw(self.rollouts.draw(goal, rng), rng)
-        return self.of_goal.draw(goal, rng)
+            rollout = self.rollouts_of_goal.draw(goal, rng)
+            return self.transitions_of_rollout.draw(rollout, rng)
+        return self.transitions_of_goal.draw(goal, rng)
 
 
 class Batches:
