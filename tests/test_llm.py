@@ -213,6 +213,13 @@ def test_of_two_first_runs_at_once_one_fetches_and_both_go_on(tmp_path):
     assert llm.load(folder)[0].config.num_hidden_layers == 2
 
 
+def test_a_worker_that_is_not_the_first_fetches_all_of_it_too(monkeypatch, cache):
+    monkeypatch.setattr(llm, "_from_hub", lambda: llm.tiny(["a few words"]))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
+    assert llm.load(llm.resolve("smollm2"))[0].config.num_hidden_layers == 2
+
+
 def read_only(**_):
     raise OSError(errno.EROFS, "Read-only file system")
 
