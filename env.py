@@ -214,9 +214,7 @@ class World:
         """The plain sentence that explains a rollout of an offline goal."""
         return goal.text
 
-    def explanation_scores(
-        self, goals: Sequence[Goal], explanations: Sequence[str], final_obs: ndarray
-    ) -> dict[str, ndarray]:
+    def explanation_scores(self, goals, explanations, final_obs: ndarray) -> dict[str, ndarray]:
         """What explanations of rollouts get right: {part: (B,) bool}."""
         right = [said == self.canonical_text(goal) for said, goal in zip(explanations, goals)]
         return {"exact": np.array(right, bool)}
@@ -225,6 +223,10 @@ class World:
         """Whether an explanation may be one of this goal, by its words alone: no judge."""
         goal = self.goal_of_text(goal_text)
         return explanation == (goal_text if goal.kind == UNJUDGED else self.canonical_text(goal))
+
+    def claims(self, goal_text: str) -> list[tuple[str, str]]:
+        """Sentences (beginning, end) that may explain this goal's rollouts, by its words alone."""
+        return []
 
     def describe(self, obs: ndarray, count: int, rng: Generator) -> list[tuple[int, str, str]]:
         """At most count true sentences about states (N, D): (row, beginning, end)."""

@@ -55,6 +55,7 @@ from experiment.run import Run
 from experiment.settings import SettingsParser, absolute, at_least, help_text, is_on, parse, setting
 from experiment.stages import Plan, Stage, do
 from experiment.world_check import check_world
+from explain import explain
 from ground import GroundingArguments
 from model import KalmForRollouts
 from rl import LearnArguments
@@ -262,8 +263,7 @@ def learn(run: Run, settings: LearnArguments, work: Path) -> None:
     goals.pop(env.WORDS, None)  # heard for the first time when policies act
     imagined = {}
     for level, records in run.imagined_rollouts().items():
-        kept = kept_rollouts(run.world, records, settings.keep, settings.kept_per_goal)
-        imagined[level] = kept
+        imagined[level] = kept_rollouts(run.world, records, settings.keep, settings.kept_per_goal)
     sources = by_source(run.world, real, imagined, goals, run.rng(4))
     run.say(f"  rollouts to learn from: real {len(real)}")
     for name in ("relabel", "kalm"):
@@ -391,7 +391,7 @@ def act(run: Run, settings: episode.Acting, work: Path) -> None:
             policy = read_policy(path, 0, table, [goal])
             (record,) = env.run_episodes(run.world, policy, [goal], start)
         with run.autocast():
-            record["explanation"] = rollout.explain(*model, [record])[0]
+            record["explanation"] = explain(*model, [record])[0]
         print(episode.write_account(run.folder, run.world, method, record, settings.start_seed))
 
 

@@ -98,12 +98,14 @@ class KalmOutput(ModelOutput):
 
     state_pred: (B, L, observation_dim), the next state before each state of `predict`, or without
     that after each action; the current one elsewhere. action_logits: (B, L, num_actions). logits:
-    (B, text_logits, vocabulary) where asked for.
+    (B, text_logits, vocabulary) where asked for. text_losses: (N,), of the text positions of
+    `predict`, row by row.
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     task_losses: Tensor | None = None
+    text_losses: Tensor | None = None
     state_pred: Tensor | None = None
     action_logits: Tensor | None = None
     logits: Tensor | None = None
@@ -404,6 +406,7 @@ class KalmForRollouts(PreTrainedModel):
         }
         means = {name: mean_or_zero(values) for name, values in losses.items()}
         result.losses = means
+        result.text_losses = losses["text"]
         result.loss = weighted_sum(means)
         if task is not None:
             tasks = {name: task[:, 1:][where] for name, where in predicted.items()}

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 import env
 from data import finite
@@ -22,10 +21,10 @@ from data.sources import is_wanted
 from experiment import folder
 from experiment.processes import in_batches
 from experiment.settings import absolute, at_least, setting
-from model import SEGMENTS, KalmForRollouts
-from sequences import Sequences, decode, rows_that_fit
-from tasks import PROMPTS, Tokenizer, make_example, pack, prompt_ids, text_ids, text_positions
-from tasks import rollout_positions as positions_of
+from explain import self_check
+from model import KalmForRollouts
+from sequences import Sequences, fitting_batch
+from tasks import Tokenizer, prompt_ids, text_positions
 
 POSITIONS_AT_ONCE = 1024  # candidates of all rows together: more is no faster on a CPU
 SHARES = 8  # batches at least, for processes to share evenly, unless they would have
@@ -214,12 +213,6 @@ def prefill(model: KalmForRollouts, tokenizer: Tokenizer, goals: Sequence[env.Go
     rows = [index[goal.text] for goal in goals]
     sequences.select(torch.tensor(rows, device=model.device))
     return sequences
-
-
-def fitting_batch(model: KalmForRollouts, positions: int, shared: bool) -> int:
-    """Rows of a batch for which there is memory; of work that is shared, on all processes."""
-    fitting = rows_that_fit(model, positions, PartialState().num_processes)
-    return min(gather_object([fitting])) if shared else fitting
 
 
 def batches_of(goals: Sequence[env.Goal], counts: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -413,83 +406,3 @@ def imagine_rounds(
         if len(rows) == 0:
             break
     return rounds
-
-
-def self_check(model, tokenizer: Tokenizer, world: env.World, records: list[dict]) -> None:
-    """Add to imagined rollouts what the model says of them and whether it believes them: shared."""
-    explanations = explain(model, tokenizer, records, shared=True)
-    errors = dynamics_error(model, tokenizer, world, records, shared=True)
-    for record, explanation, error in zip(records, explanations, errors):
-        record.update(explanation=explanation, dynamics_error=error)
-
-
-# ----------------------------------------------------------------------------------------------
-# The model's own view of rollouts: what they achieve, and whether it believes their transitions
-
-
-def explain(
-    model: KalmForRollouts,
-    tokenizer: Tokenizer,
-    records: Sequence[dict],
-    prompt: str = PROMPTS["explanation"],
-    max_tokens: int = 24,
-    batch_size: int | None = None,
-    shared: bool = False,
-) -> list[str]:
-    """What the model says that rollouts achieve, greedily decoded: a text for each record.
-
-    batch_size and shared: as in `generate_all`.
-    """
-    model.eval()
-    asked = text_positions(text_ids(tokenizer, prompt))
-    lengths = np.array([len(record["actions"]) for record in records], int)
-    if batch_size is None:
-        positions = len(asked) + 2 * max(lengths, default=0) + max_tokens
-        batch_size = fitting_batch(model, positions, shared)
-    order = np.argsort(lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    costs = [(len(asked) + 2 * lengths[rows] + max_tokens).sum() for rows in batches]
-
-    def work(rows):
-        prompts = []
-        for row in rows:
-            shown = positions_of(records[row]["observations"], records[row]["actions"])
-            prompts.append(asked + shown)
-        answers = decode(model, prompts, max_tokens, tokenizer.eos_token_id)
-        return [tokenizer.decode(answer).strip() for answer in answers]
-
-    return in_batches(work, batches, costs, shared, "explain")
-
-
-def dynamics_error(
-    model: KalmForRollouts,
-    tokenizer: Tokenizer,
-    world: env.World,
-    records: Sequence[dict],
-    rollouts_a_row: int = 16,
-    shared: bool = False,
-) -> list[np.ndarray]:
-    """How far imagined next states are from the model's answer when asked for that transition
-    alone.
-
-    Returns an array (T,) for each record, the distance of the object that differs most.
-    """
-    model.eval()
-    lengths = np.array([len(record["actions"]) for record in records], int)
-    size = (SEGMENTS - 1) // max(lengths, default=1)  # each transition is a segment
-    size = max(1, min(rollouts_a_row, size))
-    rows = np.arange(len(records))
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    costs = [lengths[rows].sum() for rows in batches]
-
-    @torch.inference_mode()
-    def work(rows):
-        example = make_example("dynamics", tokenizer, world, [records[row] for row in rows])
-        batch = {key: value.to(model.device) for key, value in pack([example]).items()}
-        ahead = batch["predict"][:, 1:]
-        gap = model(**batch).state_pred[:, :-1] - batch["states"][:, 1:]
-        gap = gap[ahead].float().unflatten(-1, (world.objects, -1))
-        largest = gap.norm(dim=-1).amax(-1).cpu().numpy()
-        return np.split(largest, np.cumsum(lengths[rows])[:-1])
-
-    return in_batches(work, batches, costs, shared, "check dynamics")

@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -174,3 +176,9 @@ def rows_that_fit(model: KalmForRollouts, positions: int, processes: int = 1) ->
         free = psutil.virtual_memory().available // processes
     fitting = free // 2 // row_size
     return int(min(max(1, fitting), 256))
+
+
+def fitting_batch(model: KalmForRollouts, positions: int, shared: bool) -> int:
+    """Rows of a batch for which there is memory; of work that is shared, on all processes."""
+    fitting = rows_that_fit(model, positions, PartialState().num_processes)
+    return min(gather_object([fitting])) if shared else fitting

@@ -169,12 +169,19 @@ def make_example(
     segments = [prompt]
     for record in rollouts:
         segments += segments_of(record, world, tokenizer, [wording, len(segments) - 1])
+    return as_arrays(segments, asked, world)
+
+
+def as_arrays(
+    segments: Sequence[list[Position]], task: str, world: env.World
+) -> dict[str, np.ndarray]:
+    """An example of a prompt and the segments that share it, as `make_example` returns it."""
     if len(segments) > SEGMENTS:
         raise ValueError(f"an example holds at most {SEGMENTS} segments, got {len(segments)}")
     positions = []
     places = []  # segments all go on where the prompt ends
     for segment in segments:
-        start = len(prompt) if positions else 0
+        start = len(segments[0]) if positions else 0
         places.append(start + np.arange(len(segment)))
         positions += segment
     states = np.zeros((len(positions), world.observation_dim), np.float32)
@@ -188,7 +195,7 @@ def make_example(
         "segments": np.repeat(np.arange(len(segments)), [len(segment) for segment in segments]),
         "predict": np.array([position.predict for position in positions]),
         "position_ids": np.concatenate(places),
-        "task": np.full(len(positions), TASKS.index(asked)),
+        "task": np.full(len(positions), TASKS.index(task)),
     }
 
 

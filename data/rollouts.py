@@ -23,11 +23,11 @@ FEATURES = datasets.Features(
     observations=datasets.List(FLOATS), actions=datasets.List(datasets.Value("int64")),
     rewards=FLOATS, success=datasets.Value("bool"),
     states=datasets.List(datasets.List(datasets.Value("float64"))),
-    explanation=TEXT, dynamics_error=FLOATS,
+    explanation=TEXT, claims=FLOATS, dynamics_error=FLOATS,
 )  # fmt: skip
-OPTIONAL = ("states", "explanation", "dynamics_error")
+OPTIONAL = ("states", "explanation", "claims", "dynamics_error")
 ARRAYS = {"actions": np.int64, "states": np.float64}
-ARRAYS |= dict.fromkeys(("observations", "rewards", "dynamics_error"), np.float32)
+ARRAYS |= dict.fromkeys(("observations", "rewards", "claims", "dynamics_error"), np.float32)
 
 
 def terminals_of(record: dict) -> np.ndarray:

@@ -27,14 +27,42 @@ def kept_rollouts(
     world: env.World, imagined: Sequence[dict], keep: str, per_goal: int
 ) -> list[dict]:
     """The wanted ones of imagined rollouts, at most per_goal of a goal (0: all)."""
+    wanted = [record for record in imagined if is_wanted(world, record, keep)]
+    if keep == "explained":
+        wanted = best_of_starts(wanted)
     kept = []
     counts = collections.Counter()
-    for record in imagined:
-        if is_wanted(world, record, keep):
-            counts[record["goal"]] += 1
-            if not per_goal or counts[record["goal"]] <= per_goal:
-                kept.append(record)
+    for record in wanted:
+        counts[record["goal"]] += 1
+        if not per_goal or counts[record["goal"]] <= per_goal:
+            kept.append(record)
     return kept
+
+
+def best_of_starts(records: Sequence[dict]) -> list[dict]:
+    """Of several rollouts for a goal from one start, the one that the model itself prefers.
+
+    That is the one of which an explanation makes the goal's claims with the highest probability, in
+    the geometric mean. Words alone do not tell which of its claims a goal means, so each weighs as
+    the square of how likely it is of the goal's rollouts, for most of them do what is asked. Goals
+    without claims keep all.
+    """
+    rows_of_goal = collections.defaultdict(list)
+    for row, record in enumerate(records):
+        rows_of_goal[record["goal"]].append(row)
+    chosen = []
+    for rows in rows_of_goal.values():
+        claims = np.array([records[row].get("claims", []) for row in rows])  # (rollouts, claims)
+        if claims.size == 0:
+            chosen += rows
+            continue
+        weights = np.exp(claims - claims.max()).mean(0) ** 2
+        best_of_start = {}
+        for row, score in zip(rows, claims @ weights):
+            start = records[row]["observations"][0].tobytes()
+            best_of_start[start] = max(best_of_start.get(start, (score, row)), (score, row))
+        chosen += [row for _, row in best_of_start.values()]
+    return [records[row] for row in sorted(chosen)]
 
 
 def by_source(

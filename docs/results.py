@@ -43,7 +43,7 @@ NO_CANDIDATES = ["--candidates", "1", "--step_candidates", "1", "--self_check", 
 TASKS = ("dynamics", "explanation", "generation", "consequence")
 JUDGED = {
     "matched": "goal met (the judge)",
-    "explained": "own explanation fits the goal (no judge)",
+    "explained": "what the LLM's own words choose (no judge)",
     "both": "both",
     "all": "everything",
 }
@@ -57,6 +57,7 @@ RUNS = {  # name: (parent, options, stages)
     "main, all kept": ("main", NO_JUDGE, LEARNED),
     "main, explained": ("main", OWN_WORDS, ["imagine", *LEARNED]),
     "main, seed 1": ("main", SECOND_SEED, ["all"]),
+    "main, seed 1, explained": ("main, seed 1", OWN_WORDS, ["imagine", *LEARNED]),
     "brief": ("main", BRIEF, ["collect", *GROUNDED]),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], GROUNDED),
     "brief, all random": ("brief", ["--random_weights", "true"], GROUNDED),
@@ -177,6 +178,16 @@ def load(runs: Path, name: str, file: str):
     """The value of a JSON file of a run, None if there is none."""
     path = folder_of(runs, name) / file
     return folder.read_json(path) if path.is_file() else None
+
+
+def without_judge(runs: Path, name: str) -> dict[str, dict]:
+    """Results of a run's children that learned without a judge, by what was kept."""
+    found = {}
+    for kept in ("explained", "all kept"):
+        results = load(runs, f"{name}, {kept}", "results.json")
+        if results:
+            found[kept] = results
+    return found
 
 
 def table(header: list, rows: list[list]) -> str:
@@ -389,12 +400,8 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
     curves = load(runs, "main", "policies/curves.json")
     checks = load(runs, "validation", "quality.json")
     brief = load(runs, "brief", "quality.json")
-    without_judge = {}
-    for kept in ("explained", "all kept"):
-        unjudged = load(runs, f"main, {kept}", "results.json")
-        if unjudged:
-            without_judge[kept] = unjudged
     again = load(runs, "main, seed 1", "results.json")
+    again_rows = success_rows(again, without_judge(runs, "main, seed 1")) if again else []
     growth = folder.read_json(ROOT / "docs" / "growth.json")
     curves_svg = report.curves_figure(metrics["log"], curves)
     (docs / "curves.svg").write_text(curves_svg, encoding="utf-8")
@@ -420,12 +427,14 @@ def page(runs: Path, docs: Path = ROOT / "docs") -> None:
         (ROOT / "docs" / "results_template.md")
         .read_text(encoding="utf-8")
         .format(
-            success=table(["success rate", *columns], success_rows(results, without_judge)),
+            success=table(
+                ["success rate", *columns], success_rows(results, without_judge(runs, "main"))
+            ),
             opponents=table(["BC, validation goals", *columns], opponent_rows(runs)),
             training=training,
             last=table(["at the end / last checkpoints", *columns], last_rows(results)),
             words=table(["first action right", *word_columns], words_rows(results)),
-            again=table(["success rate", *columns], success_rows(again) if again else []),
+            again=table(["success rate", *columns], again_rows),
             again_words=table(
                 ["first action right", *word_columns], words_rows(again) if again else []
             ),

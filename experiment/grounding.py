@@ -13,6 +13,7 @@ import rollout
 import tasks
 from data.grounded import is_sharded
 from experiment.quality import explanation_figures, rollout_figures
+from explain import explain
 from model import KalmForRollouts
 from tasks import Tokenizer
 
@@ -54,7 +55,7 @@ def longer_log(before: list[dict], more: list[dict]) -> list[dict]:
 def _generated(model, tokenizer, world, rollouts, easy_goals):
     figures = {}
     for name, prompt in PROMPTS.items():
-        explanations = rollout.explain(model, tokenizer, rollouts, prompt)
+        explanations = explain(model, tokenizer, rollouts, prompt)
         parts = explanation_figures(world, rollouts, explanations)
         figures |= {f"{name}_{part}": rate for part, rate in parts.items()}
     rng = np.random.default_rng(0)

@@ -13,7 +13,8 @@ import rollout
 import sequences
 from data.rollouts import read_rollouts
 from experiment import processes
-from model import ACTION, SEGMENTS, STATE, TEXT
+from explain import explain
+from model import ACTION, STATE, TEXT
 from sequences import Sequences
 from tasks import PROMPTS, Position, text_ids
 
@@ -40,6 +41,15 @@ def run_slowly(model, sequence, **options):
 
 def text_of(tokenizer, text):
     return [(TEXT, index, torch.zeros(10)) for index in text_ids(tokenizer, text)]
+
+
+def shown(record):
+    """A rollout as a sequence."""
+    path = torch.as_tensor(record["observations"])
+    sequence = [(STATE, 0, path[0])]
+    for t, action in enumerate(record["actions"].tolist()):
+        sequence += [(ACTION, action, path[t]), (STATE, 0, path[t + 1])]
+    return sequence
 
 
 def slow_rollout(model, tokenizer, world, goal, obs, max_steps, candidates=1):
@@ -69,10 +79,7 @@ def slow_rollout(model, tokenizer, world, goal, obs, max_steps, candidates=1):
 
 def slow_explanation(model, tokenizer, record, prompt, max_tokens):
     """Twin of `explain`: one rollout, and the whole sequence again for every new token."""
-    path, actions = torch.as_tensor(record["observations"]), record["actions"].tolist()
-    sequence = [*text_of(tokenizer, prompt), (STATE, 0, path[0])]
-    for t, action in enumerate(actions):
-        sequence += [(ACTION, action, path[t]), (STATE, 0, path[t + 1])]
+    sequence = [*text_of(tokenizer, prompt), *shown(record)]
     said = []
     while len(said) < max_tokens:
         token = int(run_slowly(model, sequence, text_logits=1).logits[0, -1].argmax())
@@ -118,7 +125,7 @@ def test_every_architecture_imagines_with_a_cache_as_without(world, name, mixed)
     assert_equal_to_twins(records, *some, 6)
     prompt = PROMPTS["explanation"]
     said = [slow_explanation(model, tokenizer, record, prompt, 6) for record in records[:2]]
-    assert rollout.explain(model, tokenizer, records[:2], max_tokens=6) == said
+    assert explain(model, tokenizer, records[:2], max_tokens=6) == said
     others = (model, tokenizer, world, goals[1::4], starts[1::4])
     tried = rollout.generate_all(*others, candidates=3, max_steps=3)
     assert_equal_to_twins(tried, *others, 3, candidates=3)
@@ -400,46 +407,3 @@ def test_a_finished_round_is_kept_and_read_instead_of_imagined_again(
     for old, new in zip(rounds, again, strict=True):
         assert same_rollouts(old, new)
         assert [r["explanation"] for r in old] == [r["explanation"] for r in new]
-
-
-# ------------------------------------------------------------------ the model's own view
-
-
-def test_explanations_equal_the_slow_twins(grounded, rollouts):
-    model, tokenizer, _ = grounded
-    records = rollouts[::12]
-    for prompt in (PROMPTS["explanation"], "Explain the rollout."):
-        said = rollout.explain(model, tokenizer, records, prompt, max_tokens=12, batch_size=6)
-        twins = [slow_explanation(model, tokenizer, record, prompt, 12) for record in records]
-        assert said == twins
-    assert len(set(said)) > 1
-
-
-def test_the_dynamics_check_compares_with_each_transition_asked_alone(world, grounded, rollouts):
-    model, tokenizer, _ = grounded
-    prompt = text_of(tokenizer, PROMPTS["dynamics"])
-    found = rollout.dynamics_error(model, tokenizer, world, rollouts[:9], rollouts_a_row=4)
-    for record, errors in zip(rollouts, found):
-        path = torch.as_tensor(record["observations"])
-        assert len(errors) == len(record["actions"])
-        for t, action in enumerate(record["actions"].tolist()):
-            alone = [*prompt, (STATE, 0, path[t]), (ACTION, action, path[t])]
-            predicted = run_slowly(model, alone).state_pred[0, -1]
-            gap = (predicted - path[t + 1]).reshape(5, 2).norm(dim=1).max()
-            assert errors[t] == pytest.approx(gap.item(), abs=1e-4)
-    assert len(found) == 9
-
-
-def test_the_dynamics_check_takes_rollouts_of_more_steps_than_one_row_can_tell_apart(
-    world, grounded, rollouts
-):
-    model, tokenizer, _ = grounded
-    long = {**rollouts[0]}
-    for key, times in (("observations", 150), ("actions", 149)):
-        long[key] = np.resize(rollouts[0][key], (times, *rollouts[0][key].shape[1:]))
-    alone = rollout.dynamics_error(model, tokenizer, world, [long], 1)[0]
-    found = rollout.dynamics_error(model, tokenizer, world, [long] * 8)
-    assert len(found) == 8 and 8 * len(alone) > SEGMENTS
-    for errors in found:
-        np.testing.assert_allclose(errors, alone, atol=1e-4)
-    assert rollout.dynamics_error(model, tokenizer, world, []) == []

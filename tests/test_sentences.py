@@ -192,6 +192,27 @@ def test_an_explanation_fits_a_goal_by_the_balls_that_it_names(world, goal, expl
     assert world.explanation_fits(goal, explanation) is fits
 
 
+def test_claims_are_all_that_a_goals_words_may_mean(world):
+    claims = lambda text: ["".join(claim).strip() for claim in world.claims(text)]
+    assert claims("Nudge the RED orb to the viewer's left.") == [
+        f"The red ball is near the {other} ball, to the left of it."
+        for other in ("blue", "green", "purple", "cyan")
+    ]
+    assert set(claims("Switch the green and the blue one: green further forward.")) == {
+        "The blue ball is near the green ball, in front of it.",
+        "The green ball is near the blue ball, in front of it.",
+    }
+    assert len(claims("Red behind blue, blue left of cyan.")) == 3 * 2 * 2
+    for text in (
+        "Put red next to blue.",
+        "Move it left.",
+        "Left to right: red, blue, cyan, green.",
+    ):
+        assert claims(text) == []
+    for goal in world.sample_goals("offline", "train", 200, np.random.default_rng(0)):
+        assert world.canonical_text(goal) in claims(goal.text)
+
+
 def test_descriptions_are_drawn_from_all_relations_that_a_loop_finds(world):
     obs = np.random.default_rng(4).uniform(-0.4, 0.4, (30, 10))
     expected = []

@@ -56,6 +56,31 @@ def test_at_most_so_many_rollouts_of_a_goal_are_kept_the_first_ones(world):
     assert len(kept_rollouts(world, mixed, "matched", 0)) == 6
 
 
+def test_of_rollouts_from_one_start_the_models_words_choose_one(world):
+    """Two claims, of which the goal's rollouts mostly make the first: so it decides."""
+
+    def tried(start, *probabilities, goal="Put red beside blue."):
+        claims = np.log(np.array(probabilities, np.float32))
+        observations = np.full((2, 10), start, np.float32)
+        return {**toy(goal), "claims": claims, "observations": observations}
+
+    records = [
+        *[tried(0, 0.9, 0.05), tried(1, 0.4, 0.2), tried(0, 0.4, 0.2), tried(1, 0.9, 0.05)],
+        *[tried(2, 0.01, 0.01), tried(0, goal="Red, tidy up."), tried(0, goal="Red, tidy up.")],
+        tried(0, 1e-30, goal="Move red left."),
+    ]
+    chosen = [0, 3, 4, 5, 6, 7]
+    alike, as_said = np.array([1, 1]), np.array([2.61, 0.51]) ** 2  # how likely claims are, in all
+    for weights, better in ((alike, 1), (as_said, 0)):
+        scores = [records[row]["claims"] @ weights for row in (0, 2)]
+        assert np.argmax(scores) == better
+    is_same = lambda kept: [any(record is one for one in kept) for record in records]
+    expected = [row in chosen for row in range(len(records))]
+    assert is_same(kept_rollouts(world, records, "explained", 0)) == expected
+    assert is_same(kept_rollouts(world, records, "all", 0)) == [True] * 8
+    assert len(kept_rollouts(world, records, "explained", 1)) == 3
+
+
 # ------------------------------------------------------------------ relabelling
 
 

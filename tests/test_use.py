@@ -16,6 +16,7 @@ from PIL import Image
 from test_kalm import SMOKE, files_of, lines_of, results_of, smoke, without_times, write_goals
 
 import env
+import explain
 import kalm
 import rl
 from data.rollouts import read_rollouts
@@ -42,7 +43,7 @@ def act(run, goal, *options):
 def test_goals_without_a_judge_are_imagined_learned_from_and_left_out_of_evaluation(
     run, tmp_path, monkeypatch, world
 ):
-    def explain(model, tokenizer, records, *_, **options):
+    def said(model, tokenizer, records, *_, **options):
         return ["The red ball." if number % 2 else "" for number in range(len(records))]
 
     learned, build = [], rl.Buffer.__init__
@@ -51,7 +52,7 @@ def test_goals_without_a_judge_are_imagined_learned_from_and_left_out_of_evaluat
         learned.extend((record["goal"], record.get("explanation")) for record in records)
         build(self, records, *args, **options)
 
-    monkeypatch.setattr(kalm.rollout, "explain", explain)
+    monkeypatch.setattr(explain, "explain", said)
     monkeypatch.setattr(rl.Buffer, "__init__", noted)
     judged = {"text": "Bring green to purple's right.", "level": "hard", "kind": "relation"}
     judged["relations"] = [["green", "purple", "right"]]

@@ -100,6 +100,12 @@ def canonical_sentence(ball: str, other: str, direction: str) -> str:
     return f"The {ball} ball is near the {other} ball, {PHRASES['of'][direction]} it."
 
 
+def canonical_halves(ball: str, other: str, direction: str) -> tuple[str, str]:
+    """The plain sentence in two: as it begins, with both balls, and as it goes on."""
+    balls, side = canonical_sentence(ball, other, direction).split(",")
+    return f" {balls},", side
+
+
 def renamed(text: str, names: dict[str, str]) -> str:
     """A text with other names for the balls."""
 
@@ -196,3 +202,13 @@ def coded_relation(code: Sequence[float]) -> Relation:
 def colors_in(text: str) -> set[str]:
     """The colours that a text names."""
     return set(re.findall(rf"\b{ANY_COLOR}\b", text.lower()))
+
+
+def directions_in(text: str) -> list[str]:
+    """The directions that a text names, in whichever of their phrases."""
+    named = []
+    for direction in DIRECTIONS:
+        phrases = "|".join(of_direction[direction] for of_direction in PHRASES.values())
+        if re.search(rf"\b({phrases})\b", text.lower()):
+            named.append(direction)
+    return named

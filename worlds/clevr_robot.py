@@ -55,6 +55,7 @@ GATHER_RADIUS = 0.325
 LINE_ANGLE = np.radians(30)
 MOVED = 0.15  # an imagined step counts as a move from here on
 TOLD_MOVE = 0.05  # shorter moves are left out where changes are told in words
+MOST_NAMED = 3  # balls of a goal whose pairs are looked at
 GREEN = COLORS.index("green")
 SIDES = {"behind": "behind", "left": "left of", "front": "in front of", "right": "right of"}
 WAYS = ("back", "left", "front", "right")
@@ -319,6 +320,20 @@ class ClevrRobot(World):
             return bool(explained)
         return explained <= named if len(named) > 1 else named <= explained
 
+    def claims(self, goal_text: str) -> list[tuple[str, str]]:
+        """Each of its balls lies from the others, or its only one from all balls, as it says."""
+        named = [color for color in COLORS if color in sentences.colors_in(goal_text)]
+        directions = sentences.directions_in(goal_text)
+        if len(named) == 1:
+            pairs = itertools.product(named, COLORS)
+        else:
+            pairs = itertools.product(named, named)
+        claims = []
+        for ball, other in pairs:
+            if ball != other and len(named) <= MOST_NAMED:
+                claims += [sentences.canonical_halves(ball, other, way) for way in directions]
+        return claims
+
     def describe(self, obs, count: int, rng) -> list[tuple[int, str, str]]:
         """Relations that hold: both balls, then the direction."""
         relations = relations_in(obs)
@@ -326,9 +341,7 @@ class ClevrRobot(World):
         described = []
         for row, ball, other, direction in relations[drawn].tolist():
             names = (COLORS[ball], COLORS[other], DIRECTIONS[direction])
-            sentence = sentences.canonical_sentence(*names)
-            balls, side = sentence.split(",")
-            described.append((row, f" {balls},", side))
+            described.append((row, *sentences.canonical_halves(*names)))
         return described
 
     # Judging
