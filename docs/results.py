@@ -40,6 +40,7 @@ SECOND_SEED += ["--methods", "bc,bc+relabel,bc+kalm,bc+both,llm"]
 NO_JUDGE = ["--keep", "all", "--methods", "bc,bc+kalm"]
 OWN_WORDS = [*NO_JUDGE, "--keep", "explained", "--self_check", "true"]
 NO_CANDIDATES = ["--candidates", "1", "--step_candidates", "1", "--self_check", "false"]
+RANDOM = ["--random_weights", "true"]
 TASKS = ("dynamics", "explanation", "generation", "consequence")
 JUDGED = {
     "matched": "goal met (the judge)",
@@ -60,7 +61,6 @@ RUNS = {  # name: (parent, options, stages)
     "main, seed 1, explained": ("main, seed 1", OWN_WORDS, ["imagine", *LEARNED]),
     "brief": ("main", BRIEF, ["collect", *GROUNDED]),
     "brief, LoRA": ("brief", ["--lora_rank", "64", "--new_learning_rate", "2e-3"], GROUNDED),
-    "brief, all random": ("brief", ["--random_weights", "true"], GROUNDED),
     "validation": ("main", CHOOSING, ["imagine", *LEARNED]),
     "dynamics check": ("validation", ["--dynamics_tolerance", "0.1", *ONLY_KALM], LEARNED),
     "unbalanced": ("validation", ["--balance_goals", "false", *ONLY_KALM], LEARNED),
@@ -74,6 +74,8 @@ RUNS = {  # name: (parent, options, stages)
 for task in ("dynamics", "explanation", "consequence"):
     others = ",".join(name for name in TASKS if name != task)
     RUNS[f"brief without {task}"] = ("brief", ["--tasks", others], GROUNDED)
+RUNS["brief, all random"] = ("brief", RANDOM, GROUNDED)
+RUNS["brief without explanation, all random"] = ("brief without explanation", RANDOM, GROUNDED)
 for keep in KEPT_OTHERWISE:
     RUNS[f"keep {keep}"] = ("validation", ["--keep", keep, *ONLY_KALM], LEARNED)
 for share in ("0.1", "0.5"):
@@ -106,6 +108,7 @@ GROUNDING_ABLATIONS = {
     "brief without consequence": "without consequence",
     "brief, LoRA": "four pre-trained layers, LoRA of rank 64",
     "brief, all random": "four random layers and token embeddings",
+    "brief without explanation, all random": "the same without explanation",
 }
 
 
