@@ -78,21 +78,18 @@ def claim_log_probs(
     asked = text_positions(text_ids(tokenizer, PROMPTS["explanation"]))
     claims = {}  # of each goal
     for goal in {record["goal"] for record in records}:
-        claims[goal] = []
-        for beginning, end in world.claims(goal):
-            given = text_positions(text_ids(tokenizer, beginning))
-            claims[goal].append(given + text_positions(text_ids(tokenizer, end), predict=True))
+        claims[goal] = [claim_positions(tokenizer, *claim) for claim in world.claims(goal)]
     claims_of = [claims[record["goal"]] for record in records]
     sizes = []
     for record, claimed in zip(records, claims_of):
         sizes.append(len(asked) + len(record["actions"]) * 2 + 1 + sum(map(len, claimed)))
     sizes = np.array(sizes)
-    order = np.argsort(-sizes, kind="stable")
-    order = order[[bool(claims_of[row]) for row in order]]
+    longest_first = np.argsort(-sizes, kind="stable").tolist()
+    order = [row for row in longest_first if claims_of[row]]
     batches = []
-    while len(order):
+    while order:
         count = max(1, POSITIONS_A_BATCH // sizes[order[0]])
-        batches.append(order[:count])
+        batches.append(np.array(order[:count]))
         order = order[count:]
 
     @torch.inference_mode()
@@ -112,12 +109,15 @@ def claim_log_probs(
         counts = [len(claims_of[row]) for row in rows]
         return np.split(of_claims, np.cumsum(counts)[:-1])
 
-    found = [np.zeros(0, np.float32) for _ in records]
     costs = [sizes[rows].sum() for rows in batches]
-    answers = in_batches(work, batches, costs, shared, "check claims")
-    for row, answer in zip(np.sort(np.concatenate([*batches, []])).astype(int), answers):
-        found[row] = answer
-    return found
+    answers = iter(in_batches(work, batches, costs, shared, "check claims"))
+    return [next(answers) if claimed else np.zeros(0, np.float32) for claimed in claims_of]
+
+
+def claim_positions(tokenizer: Tokenizer, beginning: str, end: str) -> list:
+    """A claim as positions, of which the end is to be predicted."""
+    given = text_positions(text_ids(tokenizer, beginning))
+    return given + text_positions(text_ids(tokenizer, end), predict=True)
 
 
 def dynamics_error(

@@ -17,7 +17,6 @@ from accelerate import PartialState
 import env
 from data import finite
 from data.rollouts import read_rollouts, write_rollouts
-from data.sources import is_wanted
 from experiment import folder
 from experiment.processes import in_batches
 from experiment.settings import absolute, at_least, setting
@@ -357,7 +356,8 @@ def imagine_rounds(
     work: Path,
 ) -> list[list[dict]]:
     """Rounds of imagining, one a temperature: the first from every start, each later one from the
-    starts without a match. Returns records by round; all processes share the work.
+    starts without a match, of goals without a judge from all. Returns records by round; all
+    processes share the work.
 
     Later rounds look ahead: of several actions that the model would take, the reward picks the one
     with the best imagined outcome. So what is kept is spread over goals and starts as the starts
@@ -400,7 +400,7 @@ def imagine_rounds(
             if state.is_main_process:
                 write_rollouts(kept, records)
         rounds.append(records)
-        missed = np.array([not is_wanted(world, record, "matched") for record in records])
+        missed = np.array([not record["success"] for record in records])
         has_more = ~one_step[rows] | (tried[rows] < world.num_actions)
         rows = rows[missed & has_more]
         if len(rows) == 0:

@@ -108,6 +108,7 @@ def check_arrays(arrays: dict, world: env.World) -> None:
     shapes = dict.fromkeys(("actions", "rewards", "terminals", "dynamics_error"), (steps,))
     shapes["observations"] = (steps + 1, world.observation_dim)
     shapes["states"] = (steps + 1, world.state_dim)
+    shapes["claims"] = (np.size(arrays.get("claims")),)
     for field, shape in shapes.items():
         values = arrays.get(field)
         if values is None and field in ("terminals", *OPTIONAL):

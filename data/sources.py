@@ -13,7 +13,7 @@ import env
 
 
 def is_wanted(world: env.World, record: dict, keep: str) -> bool:
-    """Whether an imagined rollout is kept: matched (judge), explained (own words), both or all."""
+    """Whether an imagined rollout may be kept: matched (judge), explained (own words) or both."""
     if record["kind"] == env.UNJUDGED:
         keep = "explained"  # all that can tell
     if keep in ("matched", "both") and not record["success"]:
@@ -26,16 +26,21 @@ def is_wanted(world: env.World, record: dict, keep: str) -> bool:
 def kept_rollouts(
     world: env.World, imagined: Sequence[dict], keep: str, per_goal: int
 ) -> list[dict]:
-    """The wanted ones of imagined rollouts, at most per_goal of a goal (0: all)."""
+    """The wanted ones of imagined rollouts, at most per_goal of a goal (0: all).
+
+    Where the model's own words decide, it is one of each start. Raises ValueError for rollouts from
+    before these words were asked for.
+    """
     wanted = [record for record in imagined if is_wanted(world, record, keep)]
-    if keep == "explained":
-        wanted = best_of_starts(wanted)
+    told = [record for record in wanted if keep == "explained" or record["kind"] == env.UNJUDGED]
+    left_out = {id(record) for record in told} - {id(record) for record in best_of_starts(told)}
     kept = []
     counts = collections.Counter()
     for record in wanted:
-        counts[record["goal"]] += 1
-        if not per_goal or counts[record["goal"]] <= per_goal:
-            kept.append(record)
+        if id(record) not in left_out:
+            counts[record["goal"]] += 1
+            if not per_goal or counts[record["goal"]] <= per_goal:
+                kept.append(record)
     return kept
 
 
@@ -43,16 +48,21 @@ def best_of_starts(records: Sequence[dict]) -> list[dict]:
     """Of several rollouts for a goal from one start, the one that the model itself prefers.
 
     That is the one of which an explanation makes the goal's claims with the highest probability, in
-    the geometric mean. Words alone do not tell which of its claims a goal means, so each weighs as
-    the square of how likely it is of the goal's rollouts, for most of them do what is asked. Goals
+    the geometric mean. Words alone do not tell which of its claims a goal means; the best guess is
+    what its rollouts mostly do. So a claim weighs as the square of how likely it is of them. Goals
     without claims keep all.
     """
     rows_of_goal = collections.defaultdict(list)
     for row, record in enumerate(records):
+        if record.get("claims") is None:
+            raise ValueError(
+                "these rollouts were imagined without asking the model for claims; "
+                "run `--stage imagine --force`"
+            )
         rows_of_goal[record["goal"]].append(row)
     chosen = []
     for rows in rows_of_goal.values():
-        claims = np.array([records[row].get("claims", []) for row in rows])  # (rollouts, claims)
+        claims = np.array([records[row]["claims"] for row in rows])  # (rollouts, claims)
         if claims.size == 0:
             chosen += rows
             continue

@@ -407,3 +407,4 @@ def test_a_finished_round_is_kept_and_read_instead_of_imagined_again(
     for old, new in zip(rounds, again, strict=True):
         assert same_rollouts(old, new)
         assert [r["explanation"] for r in old] == [r["explanation"] for r in new]
+        assert [r["claims"].tolist() for r in old] == [r["claims"].tolist() for r in new]

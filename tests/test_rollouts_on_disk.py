@@ -18,7 +18,7 @@ WAYS = {
 
 @pytest.mark.parametrize("changed", WAYS.values(), ids=WAYS)
 def test_a_folder_is_read_in_the_types_that_others_write(world, rollouts, tmp_path, changed):
-    lost = {"explanation", "dynamics_error"}
+    lost = {"explanation", "claims", "dynamics_error"}
     columns = {name: [r.get(name) for r in rollouts[:5]] for name in set(FEATURES) - lost}
     if "states" in changed:
         columns["states"] = [None] * 5

@@ -11,7 +11,8 @@ SAID = "The red ball is near the blue ball, behind it."
 
 
 def toy(goal="Take red home to blue.", kind="relation", success=False, explanation=SAID):
-    return {"goal": goal, "kind": kind, "success": success, "explanation": explanation}
+    told = {"explanation": explanation, "claims": np.zeros(0)}
+    return {"goal": goal, "kind": kind, "success": success, **told}
 
 
 # ------------------------------------------------------------------ imagined rollouts that are kept
@@ -57,28 +58,27 @@ def test_at_most_so_many_rollouts_of_a_goal_are_kept_the_first_ones(world):
 
 
 def test_of_rollouts_from_one_start_the_models_words_choose_one(world):
-    """Two claims, of which the goal's rollouts mostly make the first: so it decides."""
-
     def tried(start, *probabilities, goal="Put red beside blue."):
         claims = np.log(np.array(probabilities, np.float32))
         observations = np.full((2, 10), start, np.float32)
         return {**toy(goal), "claims": claims, "observations": observations}
 
     records = [
-        *[tried(0, 0.9, 0.05), tried(1, 0.4, 0.2), tried(0, 0.4, 0.2), tried(1, 0.9, 0.05)],
-        *[tried(2, 0.01, 0.01), tried(0, goal="Red, tidy up."), tried(0, goal="Red, tidy up.")],
-        tried(0, 1e-30, goal="Move red left."),
+        *[tried(0, 0.9, 0.1), tried(0, 0.5, 0.54), tried(1, 0.01, 0.01)],
+        *[tried(0, goal="Red, tidy up."), tried(0, goal="Red, tidy up.")],
+        *[tried(2, 1e-30, 1e-34, goal="Move red."), tried(2, 1e-31, 1e-34, goal="Move red.")],
     ]
-    chosen = [0, 3, 4, 5, 6, 7]
-    alike, as_said = np.array([1, 1]), np.array([2.61, 0.51]) ** 2  # how likely claims are, in all
-    for weights, better in ((alike, 1), (as_said, 0)):
-        scores = [records[row]["claims"] @ weights for row in (0, 2)]
-        assert np.argmax(scores) == better
-    is_same = lambda kept: [any(record is one for one in kept) for record in records]
-    expected = [row in chosen for row in range(len(records))]
-    assert is_same(kept_rollouts(world, records, "explained", 0)) == expected
-    assert is_same(kept_rollouts(world, records, "all", 0)) == [True] * 8
-    assert len(kept_rollouts(world, records, "explained", 1)) == 3
+    mean = np.array([0.47, 0.2167])  # probability of each claim; its square decides, itself not
+    for weights, better in ((mean**2, 0), (mean, 1)):
+        assert np.argmax([record["claims"] @ weights for record in records[:2]]) == better
+    rows = lambda kept: [row for row, r in enumerate(records) if any(r is one for one in kept)]
+    assert rows(kept_rollouts(world, records, "explained", 0)) == [0, 2, 3, 4, 5]
+    assert rows(kept_rollouts(world, records, "all", 0)) == [0, 1, 2, 3, 4, 5, 6]
+    assert rows(kept_rollouts(world, records, "explained", 1)) == [0, 3, 5]
+    unjudged = [{**record, "kind": env.UNJUDGED} for record in records[:2]]
+    assert kept_rollouts(world, unjudged, "matched", 0) == unjudged[:1]
+    with pytest.raises(ValueError, match="imagined without asking .*--stage imagine --force"):
+        kept_rollouts(world, [toy(explanation=SAID) | {"claims": None}], "explained", 0)
 
 
 # ------------------------------------------------------------------ relabelling

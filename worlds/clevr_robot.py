@@ -55,7 +55,7 @@ GATHER_RADIUS = 0.325
 LINE_ANGLE = np.radians(30)
 MOVED = 0.15  # an imagined step counts as a move from here on
 TOLD_MOVE = 0.05  # shorter moves are left out where changes are told in words
-MOST_NAMED = 3  # balls of a goal whose pairs are looked at
+MOST_NAMED = 3  # balls of a goal that makes claims
 GREEN = COLORS.index("green")
 SIDES = {"behind": "behind", "left": "left of", "front": "in front of", "right": "right of"}
 WAYS = ("back", "left", "front", "right")
@@ -321,17 +321,19 @@ class ClevrRobot(World):
         return explained <= named if len(named) > 1 else named <= explained
 
     def claims(self, goal_text: str) -> list[tuple[str, str]]:
-        """Each of its balls lies from the others, or its only one from all balls, as it says."""
+        """Two of its balls, or its only one and another, lie in a direction that it names.
+
+        All such sentences; a goal of more than MOST_NAMED balls has none.
+        """
         named = [color for color in COLORS if color in sentences.colors_in(goal_text)]
+        if len(named) > MOST_NAMED:
+            return []
+        others = COLORS if len(named) == 1 else named
         directions = sentences.directions_in(goal_text)
-        if len(named) == 1:
-            pairs = itertools.product(named, COLORS)
-        else:
-            pairs = itertools.product(named, named)
         claims = []
-        for ball, other in pairs:
-            if ball != other and len(named) <= MOST_NAMED:
-                claims += [sentences.canonical_halves(ball, other, way) for way in directions]
+        for ball, other, direction in itertools.product(named, others, directions):
+            if ball != other:
+                claims.append(sentences.canonical_halves(ball, other, direction))
         return claims
 
     def describe(self, obs, count: int, rng) -> list[tuple[int, str, str]]:
