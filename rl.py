@@ -253,7 +253,7 @@ def source_of(method: str) -> str:
 class LearnArguments:
     """Which rollouts to learn from, by which methods and how."""
 
-    keep: str = setting("matched", "imagined: matched (judge), explained (own words), both, all")
+    keep: str = setting("matched", "imagined: matched (judge), explained, both, all")
     kept_per_goal: int = setting(0, "at most so many of a goal; 0: all")
     dynamics_tolerance: float = setting(0.0, "drop transitions further off; 0: none")
     balance_goals: bool = setting(True, "draw imaginary batches by goal and rollout")
