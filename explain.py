@@ -80,22 +80,16 @@ def claim_log_probs(
     for goal in {record["goal"] for record in records}:
         claims[goal] = [claim_positions(tokenizer, *claim) for claim in world.claims(goal)]
     claims_of = [claims[record["goal"]] for record in records]
-    sizes = []
-    for record, claimed in zip(records, claims_of):
-        sizes.append(len(asked) + len(record["actions"]) * 2 + 1 + sum(map(len, claimed)))
-    sizes = np.array(sizes)
-    longest_first = np.argsort(-sizes, kind="stable").tolist()
-    order = [row for row in longest_first if claims_of[row]]
-    batches = []
-    while order:
-        count = max(1, POSITIONS_A_BATCH // sizes[order[0]])
-        batches.append(np.array(order[:count]))
-        order = order[count:]
+    sizes = np.zeros(len(records), int)  # in positions; 0 without claims
+    for row, claimed in enumerate(claims_of):
+        if claimed:
+            shown = 2 * len(records[row]["actions"]) + 1
+            sizes[row] = len(asked) + shown + sum(map(len, claimed))
 
     @torch.inference_mode()
     def work(rows):
         examples = []
-        lengths = []
+        lengths = []  # of the end of each claim
         for row in rows:
             shown = positions_of(records[row]["observations"], records[row]["actions"])
             examples.append(as_arrays([asked + shown, *claims_of[row]], "explanation", world))
@@ -104,14 +98,27 @@ def claim_log_probs(
         batch = pack(examples, row_length=0)  # a row each, in this order: the longest comes first
         batch = {key: value.to(model.device) for key, value in batch.items()}
         of_tokens = -model(**batch).text_losses.float().cpu().numpy()
-        starts = np.cumsum([0, *lengths[:-1]])
-        of_claims = np.add.reduceat(of_tokens, starts)
+        firsts = np.cumsum([0, *lengths[:-1]])
+        of_claims = np.add.reduceat(of_tokens, firsts)
         counts = [len(claims_of[row]) for row in rows]
         return np.split(of_claims, np.cumsum(counts)[:-1])
 
+    batches = longest_first(sizes)
     costs = [sizes[rows].sum() for rows in batches]
     answers = iter(in_batches(work, batches, costs, shared, "check claims"))
     return [next(answers) if claimed else np.zeros(0, np.float32) for claimed in claims_of]
+
+
+def longest_first(sizes: np.ndarray) -> list[np.ndarray]:
+    """Rows of each batch, of about POSITIONS_A_BATCH positions; rows of size 0 are left out."""
+    order = np.argsort(-sizes, kind="stable")
+    order = order[: np.count_nonzero(sizes)]
+    batches = []
+    while len(order):
+        count = max(1, POSITIONS_A_BATCH // sizes[order[0]])
+        batches.append(order[:count])
+        order = order[count:]
+    return batches
 
 
 def claim_positions(tokenizer: Tokenizer, beginning: str, end: str) -> list:

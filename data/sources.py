@@ -32,47 +32,59 @@ def kept_rollouts(
     before these words were asked for.
     """
     wanted = [record for record in imagined if is_wanted(world, record, keep)]
-    told = [record for record in wanted if keep == "explained" or record["kind"] == env.UNJUDGED]
-    left_out = {id(record) for record in told} - {id(record) for record in best_of_starts(told)}
+    told = []  # rows that the model's own words decide on
+    for row, record in enumerate(wanted):
+        if keep == "explained" or record["kind"] == env.UNJUDGED:
+            told.append(row)
+    left_out = set(told) - best_of_starts(wanted, told)
     kept = []
     counts = collections.Counter()
-    for record in wanted:
-        if id(record) not in left_out:
+    for row, record in enumerate(wanted):
+        if row not in left_out:
             counts[record["goal"]] += 1
             if not per_goal or counts[record["goal"]] <= per_goal:
                 kept.append(record)
     return kept
 
 
-def best_of_starts(records: Sequence[dict]) -> list[dict]:
-    """Of several rollouts for a goal from one start, the one that the model itself prefers.
+def best_of_starts(records: Sequence[dict], rows: Sequence[int]) -> set[int]:
+    """Of rows of rollouts for one goal from one start, the row that the model itself prefers.
 
-    That is the one of which an explanation makes the goal's claims with the highest probability, in
-    the geometric mean. Words alone do not tell which of its claims a goal means; the best guess is
-    what its rollouts mostly do. So a claim weighs as the square of how likely it is of them. Goals
-    without claims keep all.
+    That is the one of which an explanation makes the goal's claims with the highest probability.
+    Goals without claims keep all rows. Raises ValueError for rollouts without the field.
     """
     rows_of_goal = collections.defaultdict(list)
-    for row, record in enumerate(records):
-        if record.get("claims") is None:
+    for row in rows:
+        if records[row].get("claims") is None:
             raise ValueError(
                 "these rollouts were imagined without asking the model for claims; "
                 "run `--stage imagine --force`"
             )
-        rows_of_goal[record["goal"]].append(row)
-    chosen = []
-    for rows in rows_of_goal.values():
-        claims = np.array([records[row]["claims"] for row in rows])  # (rollouts, claims)
+        rows_of_goal[records[row]["goal"]].append(row)
+    chosen = set()
+    for alike in rows_of_goal.values():
+        claims = np.array([records[row]["claims"] for row in alike])
         if claims.size == 0:
-            chosen += rows
+            chosen.update(alike)
             continue
-        weights = np.exp(claims - claims.max()).mean(0) ** 2
         best_of_start = {}
-        for row, score in zip(rows, claims @ weights):
-            start = records[row]["observations"][0].tobytes()
-            best_of_start[start] = max(best_of_start.get(start, (score, row)), (score, row))
-        chosen += [row for _, row in best_of_start.values()]
-    return [records[row] for row in sorted(chosen)]
+        for scored in zip(claim_scores(claims), alike):
+            start = records[scored[1]]["observations"][0].tobytes()
+            best_of_start[start] = max(best_of_start.get(start, scored), scored)
+        chosen.update(row for _, row in best_of_start.values())
+    return chosen
+
+
+def claim_scores(claims: np.ndarray) -> np.ndarray:
+    """How well rollouts fit their goal, (rollouts,), from logarithms of probabilities (rollouts,
+    claims).
+
+    Words alone do not tell which of its claims a goal means; the best guess is what its rollouts
+    mostly do. So a claim weighs as the square of its mean probability.
+    """
+    probabilities = np.exp(claims - claims.max())  # the largest as 1, so that not all vanish
+    weights = probabilities.mean(0) ** 2
+    return claims @ weights
 
 
 def by_source(
